@@ -1,0 +1,176 @@
+"""The command line of the harness: `python -m benchmarks COMMAND`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Case
+
+DIFFUSERS_PREFIX = "model.diffusion_model."
+CONVERT_CASES = "fp8-tensor,fp8-row,fp8-block,int8-tensor,int8-row,int8-block,nf4,headline"
+
+
+def _check_sizes(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse a bad size now, not after the first hour of measuring."""
+    del context, parameter
+    from benchmarks.units import parse_size
+
+    try:
+        for part in value.split(","):
+            parse_size(part)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+_workdir = click.option(
+    "--workdir",
+    type=click.Path(path_type=Path),
+    default=Path("build/benchmarks"),
+    show_default=True,
+    help="Where sources, outputs and the peers' environments go.",
+)
+_threads = click.option("--threads", type=int, default=None, help="Threads to compute with.")
+
+
+@click.group()
+def main() -> None:
+    """Measure streamquant. Results are appended to benchmarks/results/<benchmark>.csv."""
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--size", help="A Flux.2 scaled down in width and depth to this size, such as 4GB.")
+@click.option("--shape", type=click.Choice(["flux2-dev"]), help="The full shape of a released model.")
+@click.option("--one-tensor", help="A single layer of this size.")
+@click.option("--sparse", is_flag=True, help="Header and a hole: all zeros, no disk used.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--prefix",
+    is_flag=False,
+    flag_value=DIFFUSERS_PREFIX,
+    default="",
+    help=f"Put this before every name; {DIFFUSERS_PREFIX} if given without a value.",
+)
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True)
+def generate(
+    output: Path,
+    size: str | None,
+    shape: str | None,
+    one_tensor: str | None,
+    sparse: bool,
+    seed: int,
+    prefix: str,
+    dtype: str,
+) -> None:
+    """Write a synthetic Flux.2 checkpoint to OUTPUT."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    from benchmarks import shapes
+    from benchmarks.checkpoints import write_checkpoint
+    from benchmarks.units import parse_size
+    from streamquant.checkpoint.header import layout
+
+    if sum(choice is not None for choice in (size, shape, one_tensor)) != 1:
+        raise click.UsageError("Give exactly one of --size, --shape and --one-tensor.")
+    tag = dtype.upper()
+    try:
+        if one_tensor is not None:
+            tensors = shapes.one_tensor(parse_size(one_tensor), tag, prefix)
+        else:
+            model = shapes.FluxShape() if size is None else shapes.flux_of_size(parse_size(size), tag)
+            tensors = model.tensors(tag, prefix)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    console = Console()
+    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("write", total=layout(tensors)[-1].end)
+        written = write_checkpoint(output, tensors, seed, sparse, lambda count: progress.advance(task, count))
+    console.print(f"{output}: {len(tensors)} tensors, {written} bytes")
+
+
+@main.command()
+@click.option("--size", default="4GB", show_default=True, callback=_check_sizes, help="Sizes of the source, by commas.")
+@click.option("--cases", default=CONVERT_CASES, show_default=True)
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--peer/--no-peer", default=True, show_default=True, help="Also run convert-to-quant, once a case.")
+@click.option("--memory-budget", default="1GiB", show_default=True, callback=_check_sizes)
+@click.option(
+    "--cold",
+    type=click.Choice(["system", "file", "none"]),
+    default="system",
+    show_default=True,
+    help="What to drop from the page cache before each run.",
+)
+@click.option("--keep", is_flag=True, help="Keep the last output of each contender in each case.")
+@_threads
+@_workdir
+def convert(
+    size: str,
+    cases: str,
+    runs: int,
+    peer: bool,
+    memory_budget: str,
+    cold: str,
+    keep: bool,
+    threads: int | None,
+    workdir: Path,
+) -> None:
+    """Time whole conversions against cp and the peer."""
+    from benchmarks.cache import CHILLS
+    from benchmarks.convert import Settings, run
+
+    settings = Settings(workdir, size.split(","), runs, memory_budget, threads, peer, keep)
+    run(_cases(cases), settings, CHILLS[cold], Console())
+
+
+@main.command()
+@click.option("--files", default="1GB,4GB,flux2-dev-sparse,one-tensor-4GB", show_default=True)
+@click.option("--cases", default="fp8-tensor,fp8-block,int8-row,nf4,nf4-double", show_default=True)
+@click.option("--budgets", default="256MiB,1GiB", show_default=True, callback=_check_sizes)
+@_workdir
+def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
+    """Measure the peak memory of conversions of small, large and one-layer files."""
+    from benchmarks.memory import run
+
+    run(_cases(cases), files.split(","), budgets.split(","), workdir, Console())
+
+
+@main.command()
+@click.option("--rows", type=int, default=6144, show_default=True)
+@click.option("--columns", type=int, default=6144, show_default=True)
+@click.option("--runs", type=int, default=5, show_default=True)
+@_threads
+def kernels(rows: int, columns: int, runs: int, threads: int | None) -> None:
+    """Time NF4 quantization of one weight in memory."""
+    from benchmarks.kernels import run
+
+    run((rows, columns), runs, threads, Console())
+
+
+@main.command()
+@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels"]))
+@click.option("--last", type=int, default=40, show_default=True, help="Show only this many rows.")
+def show(benchmark: str, last: int) -> None:
+    """Print recorded results."""
+    from benchmarks import results
+
+    Console().print(results.table(results.read(benchmark)[-last:], benchmark))
+
+
+def _cases(names: str) -> list[Case]:
+    from benchmarks.cases import choose
+
+    try:
+        return choose(names)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

@@ -1,0 +1,258 @@
+"""Which implementation runs an operation here: compiled (numba) or plain torch, and why not the other.
+
+A backend takes a tile as raw host bytes and gives back numpy arrays, so that whoever calls it knows nothing of
+devices. `JitBackend` never imports torch; `TorchBackend` is the references themselves, on the CPU or a CUDA device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS
+
+# How the floating safetensors dtypes lie in host memory. BF16 has no numpy dtype: its bits are kept as uint16.
+HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+TORCH_CHUNK = 1 << 18  # elements the torch references work on at a time on the CPU, so that temporaries stay in cache
+
+
+@dataclass
+class ErrorSums:
+    """Squared error and squared weight of what was encoded, in float64: their ratio's root is the relative error."""
+
+    error: float = 0.0
+    weight: float = 0.0
+
+    def add(self, error: float, weight: float) -> None:
+        self.error += error
+        self.weight += weight
+
+
+@functools.cache
+def why_no_jit() -> str | None:
+    """None when the compiled path can run, else the reason in words."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'streamquant[fast]')"
+    try:
+        from .jit import absmax  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: no folder to keep compiled code in
+        return f"numba does not work here: {error}"
+    return None
+
+
+class JitBackend:
+    """numba-compiled operations on numpy tiles."""
+
+    name = "numba"
+
+    def load(self, raw, dtype: str) -> np.ndarray:
+        """A flat tile of `raw` bytes: uint16 for BF16, float32 for the rest (F64 beyond float32 becomes infinite)."""
+        tile = np.frombuffer(raw, dtype=HOST_DTYPES[dtype])
+        if tile.dtype in (np.uint16, np.float32):
+            return tile
+        with np.errstate(over="ignore"):
+            return tile.astype(np.float32)
+
+    def nan_mask(self, tile: np.ndarray) -> np.ndarray:
+        """bool [elements]: where the tile is NaN."""
+        return np.isnan(_as_float32(tile))
+
+    def without_nonfinite(self, tile: np.ndarray) -> np.ndarray:
+        """The tile in float32 with 0 for every NaN and infinity."""
+        return np.nan_to_num(_as_float32(tile), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def absmax(self, tile: np.ndarray, group: int) -> np.ndarray:
+        """float32 [elements / group]: largest magnitude of each run of `group` elements, NaN where one is NaN."""
+        from .jit.absmax import group_absmax
+
+        result = np.empty(tile.size // group, dtype=np.float32)
+        group_absmax(tile.reshape(-1, group), result)
+        return result
+
+    def fp8(self, tile, group: int, multiplier, scale, grid: str, sums: ErrorSums) -> np.ndarray:
+        """uint8 [elements]: FP8 bytes; multiplier and scale float32 [elements / group]."""
+        from .jit import fp8
+
+        codes = np.empty(tile.size, dtype=np.uint8)
+        pair = np.zeros(2)
+        encode = fp8.encode_e4m3 if grid == "e4m3" else fp8.encode_e5m2
+        encode(tile.reshape(-1, group), multiplier, scale, codes.reshape(-1, group), pair)
+        sums.add(*pair)
+        return codes
+
+    def int8(self, tile, group: int, scale, sums: ErrorSums) -> np.ndarray:
+        """int8 [elements]; scale float32 [elements / group]."""
+        from .jit.int8 import encode_int8
+
+        codes = np.empty(tile.size, dtype=np.int8)
+        pair = np.zeros(2)
+        encode_int8(tile.reshape(-1, group), scale, codes.reshape(-1, group), pair)
+        sums.add(*pair)
+        return codes
+
+    def bnb4(self, tile, block_size: int, book: str, sums: ErrorSums) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [ceil(elements / 2)] packed codes and float32 [ceil(elements / block_size)] absmax."""
+        from .jit.bnb4 import encode_4bit
+
+        packed = np.empty((tile.size + 1) // 2, dtype=np.uint8)
+        absmax = np.empty(-(-tile.size // block_size), dtype=np.float32)
+        pair = np.zeros(2)
+        ascending = ASCENDING_CODES[book]
+        values = CODE_BOOKS[book][ascending]
+        encode_4bit(tile, block_size, BOUNDARIES[book], _pair_codes(book), values, packed, absmax, pair)
+        sums.add(*pair)
+        return packed, absmax
+
+
+def _as_float32(tile: np.ndarray) -> np.ndarray:
+    """A JIT tile as float32: BF16 bits are the upper half of a float32's."""
+    return tile if tile.dtype == np.float32 else (tile.astype(np.uint32) << 16).view(np.float32)
+
+
+@functools.cache
+def _pair_codes(book: str) -> np.ndarray:
+    """uint8 [256]: from a byte of two ranks to the byte of the two codes."""
+    ranks = np.arange(256)
+    ascending = ASCENDING_CODES[book].astype(np.int64)
+    return ((ascending[ranks >> 4] << 4) | ascending[ranks & 15]).astype(np.uint8)
+
+
+class TorchBackend:
+    """The references, in plain torch, on the CPU or a CUDA device."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "cpu"):
+        import torch
+
+        self.device = torch.device(device)
+        self._staging = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def load(self, raw, dtype: str):
+        """A flat torch tile of `raw` bytes on this backend's device."""
+        import torch
+
+        host = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8))
+        torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
+        if self._stream is not None:
+            # Pinned memory is what lets the copy run beside the other workers' kernels; one buffer serves all tiles.
+            if self._staging is None or self._staging.numel() < host.numel():
+                self._staging = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
+            staged = self._staging[: host.numel()].copy_(host)
+            with torch.cuda.stream(self._stream):
+                host = staged.to(self.device, non_blocking=True)
+        tile = host.view(torch_dtype)
+        return tile.float() if dtype == "F64" else tile
+
+    def _chunks(self, elements: int, group: int):
+        step = elements if self.device.type == "cuda" else max(TORCH_CHUNK // group, 1) * group
+        return [(begin, min(begin + step, elements)) for begin in range(0, elements, step)]
+
+    def _on_device(self, values: np.ndarray):
+        import torch
+
+        return torch.from_numpy(values).to(self.device)
+
+    def _context(self):
+        import contextlib
+
+        import torch
+
+        return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
+
+    def nan_mask(self, tile) -> np.ndarray:
+        return tile.isnan().cpu().numpy()
+
+    def without_nonfinite(self, tile):
+        return tile.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def absmax(self, tile, group: int) -> np.ndarray:
+        from .absmax import group_absmax
+
+        with self._context():
+            chunks = self._chunks(tile.numel(), group)
+            return _host([group_absmax(tile[begin:end].view(-1, group)) for begin, end in chunks])
+
+    def fp8(self, tile, group: int, multiplier, scale, grid: str, sums: ErrorSums) -> np.ndarray:
+        import torch
+
+        from . import fp8
+
+        with self._context():
+            multiplier, scale = self._on_device(multiplier), self._on_device(scale)
+            codes = []
+            for begin, end in self._chunks(tile.numel(), group):
+                part = tile[begin:end].view(-1, group)
+                groups = slice(begin // group, end // group)
+                encoded = fp8.encode(part, multiplier[groups], grid)
+                _measure(fp8.decode(encoded, scale[groups], torch.float32), part, sums)
+                codes.append(encoded.view(torch.uint8).view(-1))
+            return _host(codes)
+
+    def int8(self, tile, group: int, scale, sums: ErrorSums) -> np.ndarray:
+        import torch
+
+        from . import int8
+
+        with self._context():
+            scale = self._on_device(scale)
+            codes = []
+            for begin, end in self._chunks(tile.numel(), group):
+                part = tile[begin:end].view(-1, group)
+                groups = slice(begin // group, end // group)
+                encoded = int8.encode(part, scale[groups])
+                _measure(int8.decode(encoded, scale[groups], torch.float32), part, sums)
+                codes.append(encoded.view(-1))
+            return _host(codes)
+
+    def bnb4(self, tile, block_size: int, book: str, sums: ErrorSums) -> tuple[np.ndarray, np.ndarray]:
+        from . import bnb4
+
+        with self._context():
+            packed, absmax = [], []
+            for begin, end in self._chunks(tile.numel(), block_size):
+                part = tile[begin:end]
+                codes, block_absmax = bnb4.encode(part, block_size, book)
+                _measure(bnb4.decode(codes, block_absmax, block_size, book, part.numel()), part, sums)
+                packed.append(codes)
+                absmax.append(block_absmax)
+            return _host(packed), _host(absmax)
+
+
+def _host(parts) -> np.ndarray:
+    import torch
+
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+
+
+def _measure(decoded, part, sums: ErrorSums) -> None:
+    weight = part.float().reshape(-1)
+    error = decoded.reshape(-1) - weight
+    sums.add(float(error.dot(error)), float(weight.dot(weight)))
+
+
+def select(device: str = "cpu"):
+    """The backend for a device ("cpu" or "cuda[:N]"): compiled where it runs, torch everywhere else.
+
+    One object per worker thread: a TorchBackend owns its staging buffer and CUDA stream.
+    """
+    if device == "cpu" and why_no_jit() is None:
+        return JitBackend()
+    return TorchBackend(device)
+
+
+def available() -> dict[str, str]:
+    """What runs here: backend name -> "yes", or why not."""
+    torch_there = importlib.util.find_spec("torch") is not None
+    report = {"numba (CPU)": why_no_jit() or "yes", "torch (CPU)": "yes" if torch_there else "torch is not installed"}
+    if not torch_there:
+        report["torch (CUDA)"] = "torch is not installed"
+        return report
+    import torch
+
+    report["torch (CUDA)"] = "yes" if torch.cuda.is_available() else "torch sees no CUDA device"
+    return report

@@ -1,0 +1,44 @@
+"""Reading and writing at an offset, whole: the calls may do less than asked, and some systems lack them."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+_lock = threading.Lock()  # where there is no positioned call, seek and transfer must not be interleaved
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` (bytes) from `offset`; returns how many bytes there were. Raises OSError."""
+    done = 0
+    while done < len(buffer):
+        count = _read_some(descriptor, buffer[done:], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` (bytes) at `offset`. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += _write_some(descriptor, data[done:], offset + done)
+
+
+def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def _write_some(descriptor: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    with _lock:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)

@@ -1,0 +1,310 @@
+"""The source of a conversion: one file, a shard set with its index, or a folder holding either.
+
+Opening reads headers only. Data comes through a `TileReader`, memory-mapped or by pread; nothing is ever read whole.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamquant import errors
+from streamquant.checkpoint.header import Header, TensorInfo, printable, read_header
+from streamquant.checkpoint.positioned import read_at
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One safetensors file of a checkpoint, as it was when opened."""
+
+    path: Path
+    header: Header
+    mtime_ns: int
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change while a conversion (or its resume) goes on."""
+        return {
+            "name": self.path.name,
+            "size": self.header.size,
+            "mtime_ns": self.mtime_ns,
+            "header_sha256": self.header.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint and the file it lies in."""
+
+    info: TensorInfo
+    file: int
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's headers. tensors: by name, in order of file and offset."""
+
+    path: Path
+    files: tuple[SourceFile, ...]
+    tensors: dict[str, SourceTensor]
+    metadata: dict[str, str]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.header.size for file in self.files)
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows [begin, end) of a tensor as a torch tensor of its own (a scalar or whole tensor when not given)."""
+        import torch
+
+        info = self.tensors[name].info
+        rows = info.shape[0] if info.shape else 1
+        end = rows if end is None else min(end, rows)
+        row_bytes = info.nbytes // rows if rows else 0
+        with TileReader(self, "pread") as reader:
+            raw = bytearray(reader.tile(self.tensors[name], begin * row_bytes, max(end, begin) * row_bytes))
+        shape = (max(end - begin, 0), *info.shape[1:]) if info.shape else ()
+        if not raw:
+            return torch.empty(shape, dtype=torch_dtype(info.dtype))
+        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).view(shape)
+
+
+def torch_dtype(tag: str) -> torch.dtype:
+    """The torch dtype of a safetensors tag. Raises UnknownDtypeError for those torch does not have."""
+    import torch
+
+    names = {
+        "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+        "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+        "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    }  # fmt: skip
+    if tag not in names:
+        raise errors.UnknownDtypeError(f"torch has no dtype for {tag}; such a tensor can be copied but not read.")
+    return getattr(torch, names[tag])
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    path: a `.safetensors` file, a `*.index.json`, or a folder with one of them. Raises a CheckpointError naming the
+    fault when it is absent, another kind of file, malformed, or an index that does not agree with its shards.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise errors.SourceMissingError(f"There is no file or folder at {printable(str(path), 300)}: check the path.")
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if path.name.endswith(".json"):
+        shards = _read_index(path)
+    else:
+        _refuse_other_kinds(path)
+        shards = {path: None}
+    files, tensors, metadata = [], {}, {}
+    for number, (shard, listed) in enumerate(shards.items()):
+        header = read_header(shard)
+        if listed is not None:
+            _check_shard(path, shard, header, listed)
+        files.append(SourceFile(shard, header, shard.stat().st_mtime_ns))
+        tensors |= {name: SourceTensor(info, number) for name, info in header.tensors.items()}
+        metadata |= {key: value for key, value in header.metadata.items() if key not in metadata}
+    return Checkpoint(path, tuple(files), tensors, metadata)
+
+
+def _find_in_folder(folder: Path) -> Path:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    singles = sorted(entry for entry in folder.glob("*.safetensors") if not entry.name.startswith("."))
+    if len(indexes) == 1:
+        return indexes[0]
+    if not indexes and len(singles) == 1:
+        return singles[0]
+    where = printable(str(folder), 300)
+    if not indexes and not singles:
+        if (folder / "model_index.json").exists():
+            raise errors.SourceMissingError(
+                f"{where} is a diffusers pipeline: give the folder of the model itself, {where}/transformer for instance."
+            )
+        raise errors.SourceMissingError(f"The folder {where} holds no .safetensors file and no shard index.")
+    names = ", ".join(printable(entry.name) for entry in (indexes or singles)[:5])
+    raise errors.SourceMissingError(f"The folder {where} holds several checkpoints ({names}): name one of them.")
+
+
+_MAGICS = (
+    (b"GGUF", "a GGUF file, which is quantized already: convert from the original safetensors checkpoint"),
+    (b"PK\x03\x04", "a PyTorch pickle archive (.pt, .ckpt, .bin), which can run code when loaded: save it as safetensors"),
+    (b"\x80\x02", "a pickle, which can run code when loaded: save it as safetensors"),
+    (b"\x80\x04", "a pickle, which can run code when loaded: save it as safetensors"),
+    (b"\x93NUMPY", "a numpy file: save it as safetensors"),
+    (b"\x89HDF", "an HDF5 file: save it as safetensors"),
+    (b"\x1f\x8b", "a gzip file: unpack it first"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`"),
+)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
+    for magic, what in _MAGICS:
+        # The first 8 bytes of a safetensors file are a length, which a magic could equal; byte 8 is then a brace.
+        if start.startswith(magic) and start[8:9] != b"{":
+            raise errors.NotSafetensorsError(f"{printable(str(path), 300)} is {what}.")
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Shard paths -> the tensors the index lists in them, in order of shard name."""
+    where = printable(str(path), 300)
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise errors.IndexFileError(f"The index {where} is larger than {MAX_INDEX_BYTES:,} bytes: it is damaged.")
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_pairs)
+        weight_map = document["weight_map"]
+        well_formed = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
+    except OSError as error:
+        raise errors.SourceReadError(f"Cannot read the index {where}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise errors.IndexFileError(f"The index {where} is malformed ({printable(str(error))}): download it again.") from None
+    if not well_formed:
+        raise errors.IndexFileError(f"The index {where} needs a weight_map from tensor names to shard files.")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(tensor)
+    return {_shard_path(path, name): shards[name] for name in sorted(shards)}
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _shard_path(index: Path, name: str) -> Path:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
+        raise errors.ShardOutsideFolderError(
+            f"The index {printable(str(index), 300)} names the shard {printable(name)!r}, which is outside its own folder."
+        )
+    path = index.parent / name
+    if not path.is_file():
+        raise errors.ShardMissingError(
+            f"The shard {printable(name)!r} named by {printable(str(index), 300)} is not there: download it."
+        )
+    return path
+
+
+def _check_shard(index: Path, shard: Path, header: Header, listed: set[str]) -> None:
+    where = f"{printable(shard.name)} and its index {printable(index.name)}"
+    if missing := sorted(listed - header.tensors.keys()):
+        raise errors.ShardContentError(f"{where} disagree: the shard lacks {printable(missing[0])!r} ({len(missing)} in all).")
+    if surplus := sorted(header.tensors.keys() - listed):
+        raise errors.ShardContentError(
+            f"{where} disagree: the shard holds {printable(surplus[0])!r}, which is not listed for it ({len(surplus)} in all)."
+        )
+
+
+class TileReader:
+    """Hands out byte ranges of a checkpoint's tensors; safe to use from several threads.
+
+    io: "mmap" gives views of the mapped file, "pread" reads into memory of its own (network drives; systems where a
+    mapping counts as committed memory). Both raise SourceReadError when the source shrinks, vanishes or fails.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, io: str = "mmap"):
+        self.checkpoint = checkpoint
+        self.io = io
+        self._handles = ExitStack()
+        self._descriptors: list[int] = []
+        self._maps: list[mmap.mmap | None] = []
+
+    def __enter__(self) -> TileReader:
+        for file in self.checkpoint.files:
+            with self._reading(file):
+                descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self._handles.callback(os.close, descriptor)
+                self._descriptors.append(descriptor)
+                self.check(len(self._descriptors) - 1)
+                self._maps.append(self._map(descriptor, file.header.size) if self.io == "mmap" else None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Views of a mapping may outlive it in a tile that failed; the mapping then goes with the last of them.
+        self._maps.clear()
+        self._handles.close()
+
+    @staticmethod
+    def _map(descriptor: int, size: int) -> mmap.mmap | None:
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+
+    def descriptor(self, file: int) -> int:
+        return self._descriptors[file]
+
+    def check(self, number: int) -> None:
+        """Raise SourceReadError when the file is no longer the one whose header was read."""
+        file = self.checkpoint.files[number]
+        with self._reading(file):
+            now = os.fstat(self._descriptors[number])
+        if (now.st_size, now.st_mtime_ns) != (file.header.size, file.mtime_ns):
+            raise errors.SourceReadError(
+                f"The source {printable(str(file.path), 300)} changed while it was being read; convert again from the start."
+            )
+
+    def tile(self, tensor: SourceTensor, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end) of the tensor's data."""
+        file = self.checkpoint.files[tensor.file]
+        start = file.header.data_start + tensor.info.start + begin
+        # A mapping of a truncated file kills the process at the first touch: look before.
+        self.check(tensor.file)
+        mapped = self._maps[tensor.file]
+        if mapped is not None:
+            return memoryview(mapped)[start : start + end - begin]
+        buffer = memoryview(np.empty(end - begin, dtype=np.uint8))
+        with self._reading(file):
+            count = read_at(self._descriptors[tensor.file], buffer, start)
+        if count < len(buffer):
+            raise errors.SourceReadError(f"The source {printable(str(file.path), 300)} ended early: it was truncated.")
+        return buffer
+
+    def release(self, tensor: SourceTensor) -> None:
+        """The tensor is done with: give its mapped pages back (they stay in the page cache)."""
+        mapped = self._maps[tensor.file]
+        if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = self.checkpoint.files[tensor.file].header.data_start + tensor.info.start
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + tensor.info.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            mapped.madvise(mmap.MADV_DONTNEED, first, length)
+
+    @contextmanager
+    def _reading(self, file: SourceFile) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise errors.SourceReadError(
+                f"Reading {printable(str(file.path), 300)} failed: {error.strerror or error}; what was written is kept."
+            ) from None

@@ -1,0 +1,99 @@
+"""Symmetric INT8 (-127…127) with tensor, row and 2-D block scales: `w ≈ code * scale`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from streamquant.kernels.codebooks import INT8_MAX
+
+from .base import Encoder, Format, Output
+from .scaling import ScaledEncoder, ScaleGeometry
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_SCALE = {"tensor": np.float32(1e-12), "row": np.float32(1e-12), "block": np.float32(1e-8)}
+
+
+@dataclass(frozen=True)
+class Int8TensorWise(Format):
+    """INT8 with one scale for the tensor, or (`per_row`) one per output row as [M, 1]. Stock ComfyUI loads both."""
+
+    name: ClassVar[str] = "int8_tensorwise"
+    per_row: bool = True
+
+    def geometry(self, shape: tuple[int, ...]) -> ScaleGeometry:
+        return ScaleGeometry("row" if self.per_row else "tensor", (shape[0], shape[1]), 0)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return self.geometry(shape).misfit()
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of `weight_scale` for a weight [M, N]."""
+        return (shape[0], 1) if self.per_row else ()
+
+    def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
+        return [
+            Output("weight", "I8", shape, elements_per_item=1, item_bytes=1),
+            self.geometry(shape).output(self.scale_shape(shape)),
+        ]
+
+    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
+        return Int8Encoder(self.geometry(shape))
+
+    def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        from streamquant.kernels import int8
+
+        codes, scale = tensors["weight"], tensors["weight_scale"].float()
+        geometry = self.geometry(tuple(codes.shape))
+        group = geometry.group or max(codes.numel(), 1)
+        if geometry.mode == "block":
+            scale = scale.repeat_interleave(geometry.block_size, dim=0)
+        decoded = int8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype)
+        return decoded.view(codes.shape) if codes.numel() else torch.empty(codes.shape, dtype=dtype)
+
+    def comfy_quant(self) -> dict[str, Any]:
+        return {"format": self.name, "per_row": True} if self.per_row else {"format": self.name}
+
+
+@dataclass(frozen=True)
+class Int8BlockWise(Int8TensorWise):
+    """INT8 with one scale per block_size x block_size tile, `weight_scale` [M/b, N/b], and an `input_scale` of 1."""
+
+    name: ClassVar[str] = "int8_blockwise"
+    per_row: bool = False
+    block_size: int = 128
+
+    def geometry(self, shape: tuple[int, ...]) -> ScaleGeometry:
+        return ScaleGeometry("block", (shape[0], shape[1]), self.block_size)
+
+    def fallback(self) -> Format:
+        return Int8TensorWise(per_row=True)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] // self.block_size, shape[1] // self.block_size)
+
+    def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
+        input_scale = Output("input_scale", "F32", (), constant=np.float32(1).tobytes())
+        return [*super().outputs(shape, dtype), input_scale]
+
+    def comfy_quant(self) -> dict[str, Any]:
+        return {"format": self.name, "group_size": self.block_size}
+
+
+class Int8Encoder(ScaledEncoder):
+    """INT8 codes: divide by `absmax / 127`, round to nearest even, clamp."""
+
+    nan_code = 0
+
+    def scales(self, absmax: np.ndarray) -> tuple[np.ndarray]:
+        scale = absmax / np.float32(INT8_MAX)
+        return (np.maximum(scale, SMALLEST_SCALE[self.geometry.mode]),)
+
+    def codes(self, backend: Any, tile: Any, group: int, scales: tuple[np.ndarray, ...], sums: Any) -> np.ndarray:
+        return backend.int8(tile, group, scales[0], sums)

@@ -1,0 +1,83 @@
+r"""Layer-config files: TOML or JSON, a table from regular expression to format and parameters, first match wins.
+
+TOML:
+
+    ['double_blocks\.0\.']
+    format = "int8"
+    scaling_mode = "row"
+
+    [final_layer]
+    format = "keep"
+
+JSON: {"double_blocks\\.0\\.": {"format": "int8", "scaling_mode": "row"}, "final_layer": "keep"}
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from streamquant.errors import LayerConfigError, UsageError
+from streamquant.recipe import KINDS, FormatChoice
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# On-disk format names are accepted too: what `inspect` shows can be written back into a config.
+DISK_NAMES = {
+    "float8_e4m3fn": ("fp8", "tensor"),
+    "float8_e4m3fn_rowwise": ("fp8", "row"),
+    "float8_e4m3fn_blockwise": ("fp8", "block"),
+    "float8_e4m3fn_block3d": ("fp8", "block3d"),
+    "float8_e5m2": ("fp8_e5m2", "tensor"),
+    "int8_tensorwise": ("int8", None),
+    "int8_blockwise": ("int8", "block"),
+    "bnb_nf4": ("nf4", None),
+    "bnb_fp4": ("fp4", None),
+}
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """One entry of a layer config."""
+
+    format: str
+    scaling_mode: str | None = None
+    block_size: int | None = None
+    double_quant: bool = False
+    heur: bool = False
+
+
+def read_layer_config(path: str | Path) -> tuple[tuple[str, FormatChoice], ...]:
+    """The (regular expression, choice) pairs of a file, in its order.
+
+    Raises LayerConfigError when the file cannot be read, is neither TOML nor JSON, or an entry is not understood.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayerConfigError(f"Cannot read the layer config {path}: {error}.") from None
+    try:
+        table = msgspec.json.decode(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (msgspec.DecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
+        raise LayerConfigError(f"The layer config {path} is not valid {kind}: {error}.") from None
+    if not isinstance(table, dict) or not table:
+        raise LayerConfigError(f"The layer config {path} must be a table from regular expression to format.")
+    return tuple((pattern, _choice(path, pattern, value)) for pattern, value in table.items())
+
+
+def _choice(path: Path, pattern: str, value: object) -> FormatChoice:
+    try:
+        entry = msgspec.convert({"format": value} if isinstance(value, str) else value, Entry)
+        kind, mode = DISK_NAMES.get(entry.format, (entry.format, None))
+        if kind not in KINDS:
+            known = ", ".join([*KINDS, *DISK_NAMES])
+            raise UsageError(f"there is no format {entry.format!r}, take one of {known}.")
+        return FormatChoice(kind, entry.scaling_mode or mode, entry.block_size, entry.double_quant, heur=entry.heur)
+    except (msgspec.ValidationError, UsageError) as error:
+        raise LayerConfigError(f"The layer config {path}, entry {pattern!r}: {str(error).rstrip('.')}.") from None
