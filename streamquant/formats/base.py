@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamquant.kernels import ErrorSums
@@ -150,7 +150,7 @@ class Format:
 
     def parameters(self) -> dict[str, Any]:
         """The constructor's arguments, for reports and fingerprints."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def json_output(suffix: str, value: dict[str, Any]) -> Output:

@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Copy(Format):
-    """The source tensor as it is, whatever its dtype. Its elements are bytes: dtypes unknown to us pass through too.
-
-    nbytes: the tensor's size, which for sub-byte dtypes does not follow from the shape by whole elements.
-    """
+    """The source tensor as it is. Its elements are its bytes, so that every dtype passes through, sub-byte ones too."""
 
     name: ClassVar[str] = "copy"
-    nbytes: int = 0
 
     def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
         return [Output("", dtype, shape, elements_per_item=1, item_bytes=1)]

@@ -1,0 +1,85 @@
+"""How large a tile may be: from the memory budget to elements, and what a process holds now."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import psutil
+
+from streamquant.checkpoint.header import printable
+from streamquant.errors import BudgetError
+from streamquant.plan import Plan, Unit
+
+MEBIBYTE = 1 << 20
+TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the overheads, small enough for the cache
+# What the process takes beyond tiles: compiled kernels or torch, thread stacks, buffers of the allocator. Measured
+# (`python -m benchmarks memory`), rounded up.
+OVERHEAD = {"numba": 128 * MEBIBYTE, "torch": 160 * MEBIBYTE}
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """Elements per tile for each unit, and the anonymous memory all tiles in flight may take."""
+
+    elements: tuple[int, ...]
+    in_flight: int
+    peak_bytes: int
+
+
+def tiles_in_flight(threads: int) -> int:
+    """Tiles that exist at once: one being computed per thread, and as many waiting to be committed."""
+    return 2 * threads
+
+
+def bytes_per_element(unit: Unit, io: str, backend: str) -> float:
+    """Anonymous bytes a tile takes per source element, from reading to commit."""
+    read = unit.element_bytes if io == "pread" else 0
+    if unit.format.name == "copy":
+        return read  # written from where it was read
+    written = sum(output.item_bytes / output.elements_per_item for output in unit.outputs if output.streamed)
+    if unit.format.name == "cast":
+        return read + written + 12  # float32, its bits, and the error
+    decoded = 0 if unit.dtype in ("BF16", "F32") else 4
+    return read + decoded + written + (4 if backend == "torch" else 0)
+
+
+def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: str, vram_budget: int | None) -> TileSizes:
+    """The tile of every unit under a budget in bytes of anonymous memory.
+
+    Raises BudgetError naming the first layer whose smallest tile (a row, a row of blocks, a run of nested blocks) does
+    not fit, with the budget it needs.
+    """
+    in_flight = tiles_in_flight(threads)
+    available = memory_budget - OVERHEAD[backend]
+    elements, peak = [], 0
+    for unit in plan.units:
+        per_element = max(bytes_per_element(unit, io, backend), 0.125)
+        limit = available / in_flight / per_element
+        if vram_budget is not None:
+            # On the device: the tile, its float32 form, its codes and one temporary, per worker.
+            limit = min(limit, vram_budget / threads / (unit.element_bytes + 16))
+        granules = max(min(TARGET_TILE_BYTES // unit.element_bytes, limit) // unit.granularity, 1)
+        size = int(min(granules * unit.granularity, max(unit.elements, 1)))
+        if size > limit:
+            need = OVERHEAD[backend] + math.ceil(size * per_element) * in_flight
+            raise BudgetError(
+                f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget of "
+                f"{memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
+            )
+        elements.append(size)
+        peak = max(peak, math.ceil(size * per_element) * in_flight)
+    return TileSizes(tuple(elements), in_flight, peak + OVERHEAD[backend])
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: what a budget counts. Mapped files are not in it."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: the nearest thing psutil has
+    return psutil.Process(os.getpid()).memory_info().rss

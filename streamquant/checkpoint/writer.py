@@ -1,0 +1,197 @@
+"""The destination: partial files at their full planned size, written at offsets, published by an atomic rename."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamquant import errors
+from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.journal import writing
+from streamquant.checkpoint.positioned import read_at, write_at
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+
+
+@dataclass(frozen=True)
+class Names:
+    """File names of one run. destination: the name the user gave; run: this run's own tag."""
+
+    destination: Path
+    run: str
+
+    @classmethod
+    def fresh(cls, destination: Path) -> Names:
+        return cls(destination, secrets.token_hex(4))
+
+    @property
+    def journal(self) -> Path:
+        return self.destination.with_name(f".{self.destination.name}.{self.run}.journal")
+
+    def partial(self, file_name: str) -> Path:
+        """Where an output file lies until it is complete."""
+        return self.destination.with_name(f".{file_name}.{self.run}.partial")
+
+    def final(self, file_name: str) -> Path:
+        return self.destination.with_name(file_name)
+
+
+def find_journals(destination: Path) -> list[Names]:
+    """Runs that left a journal for this destination, newest first."""
+    prefix, suffix = f".{destination.name}.", ".journal"
+    found = []
+    for entry in destination.parent.iterdir() if destination.parent.is_dir() else ():
+        if entry.name.startswith(prefix) and entry.name.endswith(suffix):
+            run = entry.name[len(prefix) : -len(suffix)]
+            if len(run) == 8 and all(digit in "0123456789abcdef" for digit in run):
+                found.append((entry.stat().st_mtime_ns, Names(destination, run)))
+    return [names for _, names in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+class PartialFile:
+    """One output file being written. Safe to write from several threads."""
+
+    def __init__(self, partial: Path, final: Path, size: int):
+        self.partial, self.final, self.size = partial, final, size
+        self.preallocated = False
+        self._descriptor = -1
+
+    def create(self, header: bytes) -> None:
+        """A new file of the full size, its header in place."""
+        with writing(self.partial):
+            self._descriptor = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
+            self.preallocated = _reserve(self._descriptor, self.size)
+            write_at(self._descriptor, memoryview(header), 0)
+
+    def reopen(self) -> None:
+        """Go on with a file left by an interrupted run. Raises ResumeError when it is not the one planned."""
+        try:
+            self._descriptor = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise errors.ResumeError(
+                f"The partial file {printable(str(self.partial), 300)} cannot be opened ({error.strerror}): delete its journal "
+                f"and convert from the start."
+            ) from None
+        if os.fstat(self._descriptor).st_size != self.size:
+            raise errors.ResumeError(
+                f"The partial file {printable(str(self.partial), 300)} does not have the planned size of {self.size:,} bytes: "
+                f"delete it and its journal, and convert from the start."
+            )
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with writing(self.partial):
+            write_at(self._descriptor, data, offset)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        with writing(self.partial):
+            count = read_at(self._descriptor, memoryview(buffer), offset)
+        return bytes(buffer[:count])
+
+    def sync(self) -> None:
+        """Make all that was written so far survive a power loss."""
+        with writing(self.partial):
+            _data_sync(self._descriptor)
+
+    def publish(self, replace: bool) -> None:
+        """fsync, give the file its final name, fsync the folder. Raises OutputExistsError unless `replace`."""
+        with writing(self.partial):
+            os.fsync(self._descriptor)
+        self.close()
+        with writing(self.final):
+            if replace:
+                os.replace(self.partial, self.final)
+            else:
+                rename_new(self.partial, self.final)
+            sync_folder(self.final.parent)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename without ever replacing: a hard link refuses an existing target atomically, a rename does not."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise errors.OutputExistsError(
+            f"{printable(str(target), 300)} appeared while the conversion ran; the complete result is kept as "
+            f"{printable(source.name)}: move the other file away and use --resume, or --resume --force."
+        ) from None
+    except OSError as error:
+        # Filesystems without hard links say so, each in its own way; there the check and the rename are two steps.
+        if error.errno not in UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}:
+            raise
+        if target.exists():
+            raise errors.OutputExistsError(f"{printable(str(target), 300)} appeared while the conversion ran.") from None
+        os.rename(source, target)
+    else:
+        os.unlink(source)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where folders can be opened (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_small_file(path: Path, data: bytes, run: str) -> None:
+    """A small file, complete or not there: written beside its name, synced, renamed."""
+    partial = path.with_name(f".{path.name}.{run}.partial")
+    with writing(path):
+        descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            write_at(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+def _libc_function(name: str, *argument_types: type):
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is not None:
+        function.argtypes = argument_types
+    return function
+
+
+# Not os.posix_fallocate: that lets glibc write a byte into every block where a filesystem cannot reserve.
+_fallocate = _libc_function("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _reserve(descriptor: int, size: int) -> bool:
+    """Give the file its size, with its blocks reserved where the filesystem can. Returns whether they are."""
+    if _fallocate is not None and size:
+        while _fallocate(descriptor, 0, 0, size) != 0:
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            if code not in UNSUPPORTED:
+                raise OSError(code, os.strerror(code))
+            break
+        else:
+            return True
+    os.ftruncate(descriptor, size)
+    return False
+
+
+def _data_sync(descriptor: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)

@@ -1,0 +1,233 @@
+"""One conversion's files on disk: its partial outputs and journal, begun afresh or taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streamquant import errors
+from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.journal import Journal, Records, differences, read_records
+from streamquant.checkpoint.writer import Names, PartialFile, find_journals
+from streamquant.plan import HASH_DIGITS, Plan, Unit
+from streamquant.preflight import check_destination, check_disk
+
+CHUNK = 8 << 20
+
+
+@dataclass
+class Session:
+    """The state a conversion works on.
+
+    done: unit -> its last journal record ("hashes", "sums"). begun: the unit in hand when the run broke off, if its first
+    tiles are intact. learned: unit -> result of its first pass. published: numbers of files that have their final names.
+    """
+
+    plan: Plan
+    names: Names
+    journal: Journal
+    files: list[PartialFile]
+    resumed: bool = False
+    done: dict[int, dict[str, Any]] = field(default_factory=dict)
+    begun: dict[int, dict[str, Any]] = field(default_factory=dict)
+    learned: dict[int, Any] = field(default_factory=dict)
+    published: set[int] = field(default_factory=set)
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+        self.journal.close()
+
+    def discard(self) -> None:
+        """Remove the partial files and the journal: there is nothing in them to go on from."""
+        self.close()
+        for file in self.files:
+            file.partial.unlink(missing_ok=True)
+        self.names.journal.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """All files are published: the journal has served."""
+        self.close()
+        self.names.journal.unlink(missing_ok=True)
+
+    def file_hashes(self, number: int) -> bytes:
+        """The hex digits that go into file `number`'s header: one hash per tensor, in file order."""
+        hashes = {}
+        for unit in self.plan.units:
+            if unit.index in self.done:
+                names = [unit.output_name(output) for output in unit.outputs]
+                hashes |= dict(zip(names, self.done[unit.index]["hashes"], strict=True))
+        return "".join(hashes[tensor.name] for tensor in self.plan.files[number].tensors).encode()
+
+    def publish(self, number: int, replace: bool) -> None:
+        """File `number` is complete: put its hashes in place, make it durable, give it its name."""
+        self.files[number].write(self.plan.files[number].hash_offset, memoryview(self.file_hashes(number)))
+        self.files[number].publish(replace)
+        self.published.add(number)
+        self.journal.append({"published": number})
+
+
+def open_session(
+    plan: Plan, destination: Path, fingerprint: dict[str, Any], *, resume: bool, force: bool, note: Callable[[str], None]
+) -> Session | None:
+    """Begin a conversion, or go on with an interrupted one. None: `resume`, and the output is complete already.
+
+    Raises a PreflightError when the destination cannot be written, ResumeError when the only partial output there
+    belongs to another conversion.
+    """
+    journals = find_journals(destination)
+    if resume:
+        if session := _take_up(plan, journals, fingerprint, force):
+            note("Resuming: what the interrupted run wrote is intact up to where it goes on.")
+            return session
+        if is_complete(plan, destination):
+            return None
+        note("There is nothing to resume: starting from the beginning.")
+    elif journals:
+        note(
+            f"An interrupted conversion to this name is still here ({printable(journals[0].journal.name)}): "
+            f"--resume goes on with it; delete it with its .partial file if it is not wanted."
+        )
+    check_destination(plan, destination, force)
+    check_disk(plan, destination.parent)
+    return _begin(plan, destination, fingerprint, note)
+
+
+def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any], note: Callable[[str], None]) -> Session:
+    names = Names.fresh(destination)
+    files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
+    session = Session(plan, names, Journal.create(names.journal, fingerprint), files)
+    try:
+        for planned, file in zip(plan.files, files, strict=True):
+            file.create(planned.header)
+    except BaseException:
+        session.discard()
+        raise
+    if not all(file.preallocated for file in files):
+        note("This filesystem cannot reserve space: a full disk will show only when it is full (and --resume goes on).")
+    return session
+
+
+def _take_up(plan: Plan, journals: list[Names], fingerprint: dict[str, Any], force: bool) -> Session | None:
+    """The newest interrupted run with this fingerprint, checked; None when no run was interrupted."""
+    complaint: errors.ResumeError | None = None
+    for names in journals:
+        try:
+            found = read_records(names.journal).fingerprint
+        except errors.ResumeError as error:
+            complaint = complaint or error
+            continue
+        if changes := differences(found, fingerprint):
+            complaint = complaint or errors.ResumeError(
+                f"The interrupted conversion in {printable(names.journal.name)} is not this one: {'; '.join(changes[:6])}. "
+                f"Use the same source and recipe, or delete it and convert from the start."
+            )
+            continue
+        journal, records = Journal.reopen(names.journal)
+        try:
+            return _restore(plan, names, journal, records, force)
+        except BaseException:
+            journal.close()
+            raise
+    if complaint:
+        raise complaint
+    return None
+
+
+def _restore(plan: Plan, names: Names, journal: Journal, records: Records, force: bool) -> Session:
+    files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
+    session = Session(plan, names, journal, files, resumed=True, learned=records.learned)
+    for number, file in enumerate(files):
+        if number in records.published or (not file.partial.exists() and file.final.exists()):
+            _expect_published(session, number, records)
+        elif not file.partial.exists():
+            raise errors.ResumeError(
+                f"The partial file {printable(str(file.partial), 300)} is gone: delete {printable(names.journal.name)} and "
+                f"convert from the start."
+            )
+        else:
+            file.reopen()
+    if not session.published:
+        check_destination(plan, names.destination, force)
+    _check_claims(session, records)
+    return session
+
+
+def _expect_published(session: Session, number: int, records: Records) -> None:
+    """A file without a partial was renamed just before the run broke off; make sure that it is ours."""
+    planned, final = session.plan.files[number], session.files[number].final
+    members = {unit.index for unit in session.plan.units if _file_of(session.plan, unit) == number}
+    ours = final.exists() and final.stat().st_size == planned.size and members <= records.units.keys()
+    if ours:
+        session.done |= {index: records.units[index] for index in members if "hashes" in records.units[index]}
+        ours = members <= session.done.keys()
+    if ours:
+        expected = bytearray(planned.header)
+        hashes = session.file_hashes(number)
+        expected[planned.hash_offset : planned.hash_offset + len(hashes)] = hashes
+        with open(final, "rb") as file:
+            ours = file.read(len(expected)) == bytes(expected)
+    if not ours:
+        raise errors.ResumeError(
+            f"{printable(str(final), 300)} is not what the interrupted run wrote: delete {printable(session.names.journal.name)} "
+            f"and convert from the start."
+        )
+    session.published.add(number)
+
+
+def _file_of(plan: Plan, unit: Unit) -> int:
+    return plan.placement[unit.output_name(unit.outputs[0])][0]
+
+
+def _check_claims(session: Session, records: Records) -> None:
+    """Take from the journal what the partial files bear out: all units up to the first that is missing or damaged."""
+    for unit in session.plan.units:
+        if unit.index in session.done:
+            continue
+        record = records.units.get(unit.index)
+        if record is None:
+            return
+        if "hashes" in record:
+            if unit.index not in records.durable and _hashes(session, unit, None) != record["hashes"]:
+                return
+            session.done[unit.index] = record
+        else:
+            if _hashes(session, unit, record["end"]) == record["digests"]:
+                session.begun[unit.index] = record
+            return
+
+
+def _hashes(session: Session, unit: Unit, end: int | None) -> list[str]:
+    """xxh3_64 of each output as it lies in the partial file: whole, or (streamed ones only) up to element `end`."""
+    outputs = [output for output in unit.outputs if end is None or output.streamed]
+    return [hasher.hexdigest() for hasher in prefix_hashers(session, unit, outputs, end)]
+
+
+def prefix_hashers(session: Session, unit: Unit, outputs: list, end: int | None) -> Iterator[xxhash.xxh3_64]:
+    """A running hash per output, fed with what the partial file holds of it so far."""
+    for output in outputs:
+        number, offset, nbytes = session.plan.placement[unit.output_name(output)]
+        length = nbytes if end is None else output.extent(0, end)[1]
+        hasher = xxhash.xxh3_64()
+        for begin in range(0, length, CHUNK):
+            hasher.update(session.files[number].read(offset + begin, min(CHUNK, length - begin)))
+        yield hasher
+
+
+def is_complete(plan: Plan, destination: Path) -> bool:
+    """Whether the planned output exists already, complete: same size, and the same header but for the hashes."""
+    for planned in plan.files:
+        final = destination.with_name(planned.name)
+        if not final.is_file() or final.stat().st_size != planned.size:
+            return False
+        with open(final, "rb") as file:
+            header = bytearray(file.read(len(planned.header)))
+        digits = HASH_DIGITS * len(planned.tensors)
+        header[planned.hash_offset : planned.hash_offset + digits] = b"0" * digits
+        if bytes(header) != planned.header:
+            return False
+    return plan.index_name is None or destination.with_name(plan.index_name).is_file()
