@@ -60,6 +60,14 @@ class FormatChoice:
         """The block edge that counts for this choice, 128 where the format has none."""
         return self.block_size or DEFAULT_BLOCK_SIZE.get(self.kind, 128)
 
+    @property
+    def mode_word(self) -> str:
+        """How a file name tells this choice from the default one: "row", "block128", or nothing."""
+        mode = self.scaling_mode
+        if mode in (None, DEFAULT_MODE.get(self.kind)):
+            return "dq" if self.double_quant else ""
+        return f"{mode}{self.effective_block_size}" if mode.startswith("block") else mode
+
     @functools.cached_property
     def format(self) -> Format | None:
         """The format on disk, or None for "keep"."""

@@ -32,7 +32,7 @@ from streamquant.formats.plain import to_float32
 from streamquant.kernels import ErrorSums, select, why_no_jit
 from streamquant.plan import Plan, Unit
 from streamquant.plan import plan as make_plan
-from streamquant.preflight import device_class, resolve_device
+from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.prefetch import Prefetcher
 from streamquant.recipe import Recipe
 from streamquant.report import LayerResult, Report
@@ -146,6 +146,19 @@ def convert(
         raise
     session.finish()
     return _report(plan, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)
+
+
+def dry_run(
+    source: str | Path | Checkpoint, destination: str | Path, recipe: Recipe | None = None, options: Options | None = None
+) -> tuple[Plan, TileSizes, int]:
+    """The plan, the tile sizes and the free disk (bytes) of a conversion that is not run.
+
+    Refuses what `convert` would refuse, except for lack of disk space, which the numbers show.
+    """
+    options, destination = options or Options(), Path(destination)
+    plan = make_plan(source, recipe, name=destination.name, shard_size=options.shard_size)
+    check_destination(plan, destination, options.force or options.resume)
+    return plan, plan_tiles(plan, options, resolve_device(options.device)), free_disk(destination.parent)
 
 
 def plan_tiles(plan: Plan, options: Options, device: str) -> TileSizes:

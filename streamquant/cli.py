@@ -1,0 +1,293 @@
+"""The command line: words become a Recipe, Options and a call.
+
+Option names are matched after every underscore is read as a hyphen, so the spellings of the older converter
+(`--comfy_quant`, `--scaling_mode`) are accepted everywhere, by that one rule.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from streamquant import __version__, presets
+from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
+from streamquant.layer_config import read_layer_config
+from streamquant.recipe import FormatChoice, Recipe
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+CASTS = {"bf16": "BF16", "fp16": "F16"}
+TYPES = ("fp8", "int8", "nf4", "fp4", "fp8_e5m2")
+MODES = ("tensor", "row", "block", "block2d", "block3d")
+
+
+class Size(click.ParamType):
+    """A number of bytes: 512MiB (binary), 5GB (decimal), or a plain count."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, context: Any) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size: write 512MiB, 5GB or a number of bytes.", param, context)
+        return int(float(match[1]) * UNITS[(match[2] or "").lower()])
+
+
+def _preset_flags(command: Callable) -> Callable:
+    """One flag per preset; the help names them all in one row."""
+    for flag, name in sorted(presets.flags().items(), reverse=True):
+        command = click.option(f"--{flag}", "preset_flags", flag_value=name, multiple=True, hidden=True)(command)
+    return command
+
+
+def _flag_names() -> str:
+    return ", ".join(f"--{flag}" for flag in sorted(presets.flags()))
+
+
+MAX_WIDTH = 100
+CONTEXT = {"max_content_width": MAX_WIDTH, "token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+
+# The help of `convert` as a person reads it: options that belong together share a row, so that all fit one screen.
+CONVERT_HELP = {
+    "Files": [
+        ("--input", "the source, instead of naming it first"),
+        ("--output", "default: the source's name with the formats in it"),
+        ("--force --resume", "replace an existing output; go on after an interruption"),
+        ("--shard-size", "write shards of at most this size, with an index"),
+        ("--dry-run", "show the plan; read and write no weight"),
+    ],
+    "Format of every layer that no other rule claims": [
+        ("--fp8 --int8 --bnb-4bit", "FP8 E4M3 (default), INT8, bitsandbytes 4-bit"),
+        ("--scaling-mode", "what shares a scale: tensor (fp8), row (int8), block, block3d"),
+        ("--block-size", "edge of an FP8 or INT8 block [128]"),
+        ("--bnb-quant-type", "nf4 or fp4 [nf4]"),
+        ("--bnb-blocksize", "weights per absmax, 32 to 4096 [64]"),
+        ("--bnb-double-quant", "store absmax in 8 bits too"),
+        ("--simple --rtn --heur", "round to nearest (as always so far); keep small layers"),
+    ],
+    "Which layer becomes what (the upper rule wins)": [
+        ("--layer-config", "TOML or JSON: regex -> format and parameters"),
+        ("--custom-layers", "layers of another format"),
+        ("--custom-type", "their format: fp8, fp8_e5m2, int8, nf4, fp4"),
+        ("--custom-scaling-mode", "their scaling mode, never inherited"),
+        ("--custom-block-size", "their block size"),
+        ("--custom-simple --custom-heur", "--simple and --heur for them"),
+        ("--exclude-layers", "layers that stay as they are"),
+        ("--preset", "keep an architecture's sensitive layers: auto, none, or"),
+        ("", _flag_names().replace("--", "")),
+        ("", "(each of these names is a flag too: --flux2)"),
+    ],
+    "Output": [
+        ("--comfy-quant", "mark 4-bit layers for ComfyUI too (others always are)"),
+        ("--cast", "cast floating tensors that stay: bf16 or fp16"),
+        ("--allow-nonfinite --seed", "convert NaN and infinity; recorded in the file"),
+    ],
+    "Machine and screen": [
+        ("--memory-budget --vram-budget", "[1GiB, 2GiB]"),
+        ("--device --io", "auto, cpu, cuda[:N]; auto, mmap, pread"),
+        ("--threads", "[all processors]"),
+        ("--json --quiet --help", "JSON lines for programs; errors only; this text"),
+    ],
+}
+
+
+class GroupedHelp(click.Command):
+    """A command whose options are shown in the groups and rows of CONVERT_HELP."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        spelled = {"": ""}
+        for option in self.get_params(context):
+            if isinstance(option, click.Option):
+                metavar = "" if option.is_flag else f" {option.make_metavar(context)}"
+                spelled[option.opts[-1]] = ", ".join(option.opts) + metavar
+        spelled["--help"] = "--help"
+        for heading, rows in CONVERT_HELP.items():
+            with formatter.section(heading):
+                formatter.write_dl([("  ".join(spelled[word] for word in names.split() or [""]), text) for names, text in rows])
+
+
+def _show_version(context: click.Context, _: Any, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from streamquant.console import version_text
+
+        click.echo(version_text(__version__))
+        context.exit()
+
+
+@click.group(context_settings=CONTEXT)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions.")
+def main() -> None:
+    """Turn a huge diffusion checkpoint into a small one, in constant memory."""
+
+
+@main.command(cls=GroupedHelp)
+@click.argument("source", required=False, metavar="[SOURCE]")
+@click.option("-i", "--input", "input_", metavar="PATH")
+@click.option("-o", "--output", metavar="PATH")
+@click.option("--force", is_flag=True)
+@click.option("--resume", is_flag=True)
+@click.option("--shard-size", type=Size())
+@click.option("--dry-run", is_flag=True)
+@click.option("--fp8", "base", flag_value="fp8")
+@click.option("--int8", "base", flag_value="int8")
+@click.option("--bnb-4bit", "base", flag_value="bnb")
+@click.option("--scaling-mode", type=click.Choice(MODES), metavar="MODE")
+@click.option("--block-size", type=int, metavar="N")
+@click.option("--bnb-quant-type", type=click.Choice(["nf4", "fp4"]), default="nf4", metavar="T")
+@click.option("--bnb-blocksize", type=int, default=64, metavar="N")
+@click.option("--bnb-double-quant", is_flag=True)
+@click.option("--simple", is_flag=True)
+@click.option("--rtn", is_flag=True)
+@click.option("--heur", is_flag=True)
+@click.option("--layer-config", metavar="FILE")
+@click.option("--custom-layers", metavar="REGEX")
+@click.option("--custom-type", type=click.Choice(TYPES), metavar="TYPE")
+@click.option("--custom-block-size", type=int, metavar="N")
+@click.option("--custom-scaling-mode", type=click.Choice(MODES), metavar="MODE")
+@click.option("--custom-simple", is_flag=True)
+@click.option("--custom-heur", is_flag=True)
+@click.option("--exclude-layers", metavar="REGEX")
+@click.option("--preset", "preset_names", multiple=True, metavar="NAME")
+@_preset_flags
+@click.option("--comfy-quant", is_flag=True)
+@click.option("--cast", type=click.Choice(sorted(CASTS)), metavar="DTYPE")
+@click.option("--allow-nonfinite", is_flag=True)
+@click.option("--seed", type=int, default=0, metavar="N")
+@click.option("--memory-budget", type=Size(), default="1GiB")
+@click.option("--vram-budget", type=Size())
+@click.option("--device", default="auto", metavar="NAME")
+@click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", metavar="HOW")
+@click.option("--threads", type=click.IntRange(1), metavar="N")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("-q", "--quiet", is_flag=True)
+def convert(**given: Any) -> None:
+    """Convert SOURCE (a .safetensors file, a shard index or a folder) into one quantized file, or shards.
+
+    Underscores in option names are read as hyphens."""
+    from streamquant import console
+
+    screen = console.Screen(as_json=given["as_json"], quiet=given["quiet"])
+    try:
+        _convert(given, screen)
+    except RunError as error:
+        hint = "" if isinstance(error, InterruptedRunError) and given["resume"] else " --resume"
+        screen.fail(error, go_on_with=shlex.join(["streamquant", *sys.argv[1:]]) + hint)
+        sys.exit(error.exit_code)
+    except StreamquantError as error:
+        screen.fail(error)
+        sys.exit(error.exit_code)
+
+
+def _convert(given: dict[str, Any], screen: Any) -> None:
+    source = _source(given)
+    recipe = recipe_from(given)
+    output = Path(given["output"]) if given["output"] else default_output(Path(source), recipe)
+    if given["output"] and (output.is_dir() or given["output"].endswith("/")):
+        output = output / default_output(Path(source), recipe).name
+    from streamquant.transcode import Options, convert, dry_run
+
+    options = Options(
+        memory_budget=given["memory_budget"],
+        vram_budget=given["vram_budget"],
+        device=given["device"],
+        io=given["io"],
+        threads=given["threads"],
+        resume=given["resume"],
+        force=given["force"],
+        shard_size=given["shard_size"],
+    )
+    if given["dry_run"]:
+        screen.show_plan(*dry_run(source, output, recipe, options), output)
+        return
+    with screen.watching() as observer:
+        report = convert(source, output, recipe, options=options, observer=observer, stop=_stop_on_signals())
+    screen.show_report(report)
+
+
+def _source(given: dict[str, Any]) -> str:
+    if given["source"] and given["input_"]:
+        raise UsageError("The source is given twice: name it first or with --input, not both.")
+    source = given["source"] or given["input_"]
+    if not source:
+        raise UsageError("Which checkpoint? Give a .safetensors file, a shard index or a folder.")
+    return source
+
+
+def recipe_from(given: dict[str, Any]) -> Recipe:
+    """The Recipe that a set of flags means. Raises UsageError where they contradict."""
+    base_kind = given["base"] or "fp8"
+    if base_kind == "bnb":
+        if given["scaling_mode"] or given["block_size"]:
+            raise UsageError("--bnb-4bit takes --bnb-blocksize; --scaling-mode and --block-size are for --fp8 and --int8.")
+        base = FormatChoice(
+            given["bnb_quant_type"], None, given["bnb_blocksize"], given["bnb_double_quant"], heur=given["heur"]
+        )
+    else:
+        base = FormatChoice(base_kind, given["scaling_mode"], given["block_size"], heur=given["heur"])
+    custom = None
+    if given["custom_type"]:
+        custom = FormatChoice(
+            given["custom_type"],
+            given["custom_scaling_mode"],
+            given["custom_block_size"],
+            given["bnb_double_quant"] and given["custom_type"] in ("nf4", "fp4"),
+            heur=given["custom_heur"],
+        )
+    names = (*given["preset_names"], *given["preset_flags"])
+    return Recipe(
+        base=base,
+        custom_layers=given["custom_layers"],
+        custom=custom,
+        exclude_layers=given["exclude_layers"],
+        layer_config=read_layer_config(given["layer_config"]) if given["layer_config"] else (),
+        preset=tuple(dict.fromkeys(names)) or ("auto",),
+        comfy_quant=given["comfy_quant"],
+        cast=CASTS.get(given["cast"]),
+        allow_nonfinite=given["allow_nonfinite"],
+        seed=given["seed"],
+    )
+
+
+def default_output(source: Path, recipe: Recipe) -> Path:
+    """Beside the source: its name with the formats in it (`model-nf4-fp8.safetensors`)."""
+    stem = source.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors") or source.resolve().name
+    choices = [recipe.base, *([recipe.custom] if recipe.custom else [])]
+    words = dict.fromkeys(word for choice in choices for word in (choice.kind.replace("_", "-"), choice.mode_word) if word)
+    return source.resolve().parent / f"{stem}-{'-'.join(words)}.safetensors"
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL (bash: eval "$(streamquant completion bash)")."""
+    script = get_completion_class(shell)(main, {}, "streamquant", "_STREAMQUANT_COMPLETE")
+    click.echo(script.source())
+
+
+if __name__ == "__main__":
+    main()

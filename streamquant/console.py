@@ -1,0 +1,331 @@
+"""Everything a person sees: notes, progress, tables, errors; and the same as JSON lines for programs.
+
+Results go to standard output, messages and progress to standard error. Names that come from a file are made printable
+and never read as markup.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from streamquant.budget import TileSizes, anonymous_bytes
+from streamquant.checkpoint.header import printable
+from streamquant.errors import StreamquantError
+from streamquant.plan import Plan, Unit
+from streamquant.report import Report
+
+MEBIBYTE = 1 << 20
+PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
+JSON_SECONDS = 0.5
+LISTED = 12  # fallbacks shown before the rest is counted
+
+
+def version_text(own: str) -> str:
+    """The versions that matter, one line, without importing any of them."""
+    found = []
+    for package in ("torch", "triton", "bitsandbytes", "numba", "safetensors"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} -")
+    return f"streamquant {own} ({', '.join(found)})"
+
+
+class Screen:
+    """One command's output, in the manner the user chose."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False, out: Console | None = None, err: Console | None = None):
+        self.as_json, self.quiet = as_json, quiet
+        self.out = out or Console(highlight=False)
+        self.err = err or Console(stderr=True, highlight=False)
+
+    def line(self, event: str, **values: Any) -> None:
+        """One JSON line on standard output."""
+        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+        sys.stdout.flush()
+
+    def fail(self, error: StreamquantError, go_on_with: str | None = None) -> None:
+        """Say what went wrong, and the command that goes on."""
+        if self.as_json:
+            kind = type(error).__name__
+            self.line("error", kind=kind, message=str(error), exit_code=error.exit_code, resume=go_on_with)
+        self.err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        if go_on_with:
+            self.err.print(Text.assemble(("go on with: ", "bold"), go_on_with), soft_wrap=True)
+
+    @contextmanager
+    def watching(self) -> Iterator[Any]:
+        """An observer for one conversion."""
+        if self.as_json:
+            yield JsonLines(self)
+        elif self.quiet:
+            yield Quiet()
+        elif self.err.is_terminal:
+            with Bar(self.err) as bar:
+                yield bar
+        else:
+            yield PlainLines(self.err)
+
+    def show_plan(self, plan: Plan, tiles: TileSizes, free: int, destination: Path) -> None:
+        """The plan of a dry run."""
+        if self.as_json:
+            self.line("plan", **plan_as_json(plan, tiles, free, destination))
+        elif not self.quiet:
+            self.out.print(plan_view(plan, tiles, free, destination))
+
+    def show_report(self, report: Report) -> None:
+        """The end of a conversion: a table per format, and where the file is."""
+        if self.as_json:
+            self.line("done", **report.as_json())
+        elif not self.quiet:
+            self.out.print(report_view(report))
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None: ...
+
+    def progress(self, unit: Unit, source_bytes: int) -> None: ...
+
+
+class Bar(Quiet):
+    """A progress bar by bytes, with the tensor in hand and the memory in use."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._bar = Progress(
+            BarColumn(bar_width=28),
+            TextColumn("{task.percentage:>3.0f}%"),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[memory]}"),
+            TextColumn("[dim]{task.fields[tensor]}", table_column=None),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, memory="", tensor="", start=False)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
+        self._bar.update(self._task, total=plan.source_bytes, completed=done_bytes)
+        self._bar.start_task(self._task)
+
+    def progress(self, unit: Unit, source_bytes: int) -> None:
+        memory = f"{anonymous_bytes() // MEBIBYTE} MiB"
+        self._bar.update(self._task, advance=source_bytes, memory=memory, tensor=escape(printable(unit.key, 40)))
+
+
+class PlainLines(Quiet):
+    """Lines, for logs."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._done = self._total = 0
+        self._start = self._last = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+    def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
+        self._done, self._total = done_bytes, plan.source_bytes
+        self._skipped = done_bytes
+
+    def progress(self, unit: Unit, source_bytes: int) -> None:
+        self._done += source_bytes
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        speed = (self._done - self._skipped) / max(now - self._start, 1e-9)
+        left = (self._total - self._done) / max(speed, 1.0)
+        self.note(
+            f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {decimal(int(speed))}/s  "
+            f"{left:.0f} s left  {anonymous_bytes() // MEBIBYTE} MiB  {printable(unit.key, 60)}"
+        )
+
+
+class JsonLines(Quiet):
+    """Events for a program."""
+
+    def __init__(self, screen: Screen):
+        self.screen = screen
+        self._done = self._total = 0
+        self._last = 0.0
+
+    def note(self, text: str) -> None:
+        self.screen.line("note", text=text)
+
+    def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
+        self._done, self._total = done_bytes, plan.source_bytes
+        self.screen.line("started", total_bytes=self._total, done_bytes=done_bytes, output_bytes=plan.output_size)
+
+    def progress(self, unit: Unit, source_bytes: int) -> None:
+        self._done += source_bytes
+        now = time.monotonic()
+        if now - self._last >= JSON_SECONDS or self._done == self._total:
+            self._last = now
+            self.screen.line(
+                "progress",
+                done_bytes=self._done,
+                total_bytes=self._total,
+                tensor=unit.key,
+                anonymous_bytes=anonymous_bytes(),
+            )
+
+
+def report_view(report: Report) -> Group:
+    """The table at the end of a conversion."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("format")
+    for heading in ("layers", "in", "out", "ratio", "mean relative error"):
+        table.add_column(heading, justify="right")
+    for summary in report.by_format():
+        error = summary.mean_relative_error
+        table.add_row(
+            summary.format,
+            str(summary.layers),
+            decimal(summary.source_bytes),
+            decimal(summary.output_bytes),
+            _ratio(summary.output_bytes, summary.source_bytes),
+            "" if error is None else f"{error:.4f}",
+        )
+    table.add_section()
+    table.add_row(
+        "file", str(len(report.layers)), decimal(report.source_bytes), decimal(report.output_bytes),
+        _ratio(report.output_bytes, report.source_bytes), "", style="bold",
+    )  # fmt: skip
+    speed = decimal(int(report.source_bytes / max(report.seconds, 1e-9)))
+    peak = report.peak_anonymous_bytes // MEBIBYTE
+    lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
+    lines += [Text(printable(str(path), 400), style="green", overflow="fold") for path in _few(report.outputs)]
+    return Group(table, *lines)
+
+
+def _few(paths: list[Path]) -> list[Path]:
+    return paths if len(paths) <= 4 else [*paths[:3], paths[-1]]
+
+
+def _ratio(output: int, source: int) -> str:
+    return f"{output / source:.1%}" if source else ""
+
+
+def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> Group:
+    """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("rule", overflow="fold")
+    table.add_column("becomes")
+    for heading in ("layers", "in", "out"):
+        table.add_column(heading, justify="right")
+    for (rule, becomes), units in _by_rule(plan).items():
+        read = sum(unit.source.info.nbytes for unit in units)
+        written = sum(plan.output_bytes(unit) for unit in units)
+        table.add_row(Text(rule), becomes, str(len(units)), decimal(read), decimal(written))
+    parts: list[Any] = [*(Text(note) for note in plan.notes), table]
+    fallbacks = fallback_units(plan)
+    if fallbacks:
+        parts.append(Text(f"\nNot as asked for ({len(fallbacks)}):", style="bold"))
+        parts += [Text(f"  {printable(unit.key)}: {unit.reason}", overflow="fold") for unit in fallbacks[:LISTED]]
+        if len(fallbacks) > LISTED:
+            parts.append(Text(f"  and {len(fallbacks) - LISTED} more (--json lists all)"))
+    if plan.removed:
+        parts.append(Text(f"\nLeft out: {len(plan.removed)} tensors ({', '.join(map(printable, list(plan.removed)[:3]))} …)"))
+    size = plan.checkpoint.size
+    shards = f" in {len(plan.files)} shards" if len(plan.files) > 1 else ""
+    parts += [
+        Text(f"\n{decimal(size)} become {decimal(plan.output_size)} ({_ratio(plan.output_size, size)}){shards}."),
+        Text(f"Free disk {decimal(free)}. Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most."),
+        Text(f"Nothing was written. Output would be {printable(str(destination), 400)}", overflow="fold"),
+    ]
+    return Group(*parts)
+
+
+def fallback_units(plan: Plan) -> list[Unit]:
+    """Layers that did not get the format that a rule gave them."""
+    words = ("divisible", "heur", "already quantized")
+    return [unit for unit in plan.units if unit.reason and any(word in unit.reason for word in words)]
+
+
+def _by_rule(plan: Plan) -> dict[tuple[str, str], list[Unit]]:
+    grouped: dict[tuple[str, str], list[Unit]] = {}
+    for unit in plan.units:
+        grouped.setdefault((unit.rule, unit.format.name), []).append(unit)
+    return grouped
+
+
+def plan_as_json(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> dict[str, Any]:
+    """The plan as JSON values, per tensor."""
+    return {
+        "architecture": plan.architecture,
+        "notes": list(plan.notes),
+        "destination": str(destination),
+        "files": [{"name": file.name, "bytes": file.size, "header_bytes": len(file.header)} for file in plan.files],
+        "source_bytes": plan.checkpoint.size,
+        "output_bytes": plan.output_size,
+        "free_disk_bytes": free,
+        "peak_memory_bytes": tiles.peak_bytes,
+        "removed": plan.removed,
+        "rules": [
+            {
+                "rule": rule,
+                "becomes": becomes,
+                "layers": len(units),
+                "source_bytes": sum(unit.source.info.nbytes for unit in units),
+                "output_bytes": sum(plan.output_bytes(unit) for unit in units),
+            }
+            for (rule, becomes), units in _by_rule(plan).items()
+        ],
+        "tensors": [_unit_as_json(plan, unit, elements) for unit, elements in zip(plan.units, tiles.elements, strict=True)],
+    }
+
+
+def _unit_as_json(plan: Plan, unit: Unit, tile_elements: int) -> dict[str, Any]:
+    written = []
+    for output in unit.outputs:
+        number, offset, nbytes = plan.placement[unit.output_name(output)]
+        written.append(
+            {
+                "name": unit.output_name(output),
+                "dtype": output.dtype,
+                "shape": list(output.shape),
+                "file": plan.files[number].name,
+                "offset": offset,
+                "bytes": nbytes,
+            }
+        )
+    return {
+        **asdict(unit.source.info),
+        "becomes": unit.format.name,
+        "parameters": unit.format.parameters(),
+        "rule": unit.rule,
+        "reason": unit.reason,
+        "tile_elements": tile_elements,
+        "outputs": written,
+    }
