@@ -6,6 +6,7 @@ Option names are matched after every underscore is read as a hyphen, so the spel
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -50,10 +51,6 @@ def _preset_flags(command: Callable) -> Callable:
     return command
 
 
-def _flag_names() -> str:
-    return ", ".join(f"--{flag}" for flag in sorted(presets.flags()))
-
-
 MAX_WIDTH = 100
 CONTEXT = {"max_content_width": MAX_WIDTH, "token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
@@ -68,12 +65,12 @@ CONVERT_HELP = {
     ],
     "Format of every layer that no other rule claims": [
         ("--fp8 --int8 --bnb-4bit", "FP8 E4M3 (default), INT8, bitsandbytes 4-bit"),
-        ("--scaling-mode", "what shares a scale: tensor (fp8), row (int8), block, block3d"),
+        ("--scaling-mode", "scale per tensor (fp8), row (int8), block, block3d"),
         ("--block-size", "edge of an FP8 or INT8 block [128]"),
         ("--bnb-quant-type", "nf4 or fp4 [nf4]"),
         ("--bnb-blocksize", "weights per absmax, 32 to 4096 [64]"),
         ("--bnb-double-quant", "store absmax in 8 bits too"),
-        ("--simple --rtn --heur", "round to nearest (as always so far); keep small layers"),
+        ("--simple --rtn --heur", "round to nearest (always so far); keep small layers"),
     ],
     "Which layer becomes what (the upper rule wins)": [
         ("--layer-config", "TOML or JSON: regex -> format and parameters"),
@@ -83,20 +80,19 @@ CONVERT_HELP = {
         ("--custom-block-size", "their block size"),
         ("--custom-simple --custom-heur", "--simple and --heur for them"),
         ("--exclude-layers", "layers that stay as they are"),
-        ("--preset", "keep an architecture's sensitive layers: auto, none, or"),
-        ("", _flag_names().replace("--", "")),
-        ("", "(each of these names is a flag too: --flux2)"),
+        ("--preset", "architecture whose layers stay: auto, none, a name"),
+        ("", "(`streamquant presets` lists them; each is a flag: --flux2)"),
     ],
     "Output": [
-        ("--comfy-quant", "mark 4-bit layers for ComfyUI too (others always are)"),
+        ("--comfy-quant", "mark 4-bit layers for ComfyUI (others always are)"),
         ("--cast", "cast floating tensors that stay: bf16 or fp16"),
-        ("--allow-nonfinite --seed", "convert NaN and infinity; recorded in the file"),
+        ("--allow-nonfinite --seed", "convert NaN and infinity; recorded"),
     ],
     "Machine and screen": [
         ("--memory-budget --vram-budget", "[1GiB, 2GiB]"),
         ("--device --io", "auto, cpu, cuda[:N]; auto, mmap, pread"),
         ("--threads", "[all processors]"),
-        ("--json --quiet --help", "JSON lines for programs; errors only; this text"),
+        ("--json --quiet --help", "for programs; errors only; this text"),
     ],
 }
 
@@ -171,9 +167,8 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True)
 @click.option("-q", "--quiet", is_flag=True)
 def convert(**given: Any) -> None:
-    """Convert SOURCE (a .safetensors file, a shard index or a folder) into one quantized file, or shards.
-
-    Underscores in option names are read as hyphens."""
+    """Convert SOURCE, a .safetensors file, a shard index or a folder. In option
+    names underscores are read as hyphens."""
     from streamquant import console
 
     screen = console.Screen(as_json=given["as_json"], quiet=given["quiet"])
@@ -259,11 +254,12 @@ def recipe_from(given: dict[str, Any]) -> Recipe:
 
 
 def default_output(source: Path, recipe: Recipe) -> Path:
-    """Beside the source: its name with the formats in it (`model-nf4-fp8.safetensors`)."""
-    stem = source.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors") or source.resolve().name
+    """Beside the source as it was named (not where a link leads): `model-nf4-fp8.safetensors`."""
+    source = Path(os.path.abspath(source))
+    stem = source.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
     choices = [recipe.base, *([recipe.custom] if recipe.custom else [])]
     words = dict.fromkeys(word for choice in choices for word in (choice.kind.replace("_", "-"), choice.mode_word) if word)
-    return source.resolve().parent / f"{stem}-{'-'.join(words)}.safetensors"
+    return source.parent / f"{stem}-{'-'.join(words)}.safetensors"
 
 
 def _stop_on_signals() -> threading.Event:
@@ -281,10 +277,18 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
+@main.command("presets")
+def list_presets() -> None:
+    """List the architectures, their flags and how many rules keep layers."""
+    from streamquant import console
+
+    console.Screen().show_presets(presets.load_presets().values())
+
+
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of SHELL (bash: eval "$(streamquant completion bash)")."""
+    """Print a completion script, to be evaluated by SHELL."""
     script = get_completion_class(shell)(main, {}, "streamquant", "_STREAMQUANT_COMPLETE")
     click.echo(script.source())
 

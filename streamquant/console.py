@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from streamquant.budget import TileSizes, anonymous_bytes
 from streamquant.checkpoint.header import printable
 from streamquant.errors import StreamquantError
 from streamquant.plan import Plan, Unit
+from streamquant.presets import Preset
 from streamquant.report import Report
 
 MEBIBYTE = 1 << 20
@@ -94,6 +95,18 @@ class Screen:
             self.line("done", **report.as_json())
         elif not self.quiet:
             self.out.print(report_view(report))
+
+
+    def show_presets(self, known: Iterable[Preset]) -> None:
+        """A table of the architectures."""
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for heading in ("preset", "architecture", "flags", "recognised"):
+            table.add_column(heading)
+        for preset in known:
+            if not preset.name.startswith("_"):
+                flags = " ".join(f"--{flag}" for flag in preset.flags)
+                table.add_row(preset.name, preset.title, flags, "by its keys" if preset.recognise_all else "by flag only")
+        self.out.print(table)
 
 
 class Quiet:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -76,19 +77,19 @@ class Checkpoint:
         return sum(file.header.size for file in self.files)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Rows [begin, end) of a tensor as a torch tensor of its own (a scalar or whole tensor when not given)."""
+        """Rows [begin:end], as a slice takes them, of a tensor as a torch tensor of its own. A scalar is read whole."""
         import torch
 
         info = self.tensors[name].info
+        dtype = torch_dtype(info.dtype)
         rows = info.shape[0] if info.shape else 1
-        end = rows if end is None else min(end, rows)
+        begin, end, _ = slice(begin, end).indices(rows) if info.shape else (0, 1, 1)
+        count = max(end - begin, 0)
         row_bytes = info.nbytes // rows if rows else 0
         with TileReader(self, "pread") as reader:
-            raw = bytearray(reader.tile(self.tensors[name], begin * row_bytes, max(end, begin) * row_bytes))
-        shape = (max(end - begin, 0), *info.shape[1:]) if info.shape else ()
-        if not raw:
-            return torch.empty(shape, dtype=torch_dtype(info.dtype))
-        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).view(shape)
+            raw = bytearray(reader.tile(self.tensors[name], begin * row_bytes, (begin + count) * row_bytes))
+        shape = (count, *info.shape[1:]) if info.shape else ()
+        return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 def torch_dtype(tag: str) -> torch.dtype:
@@ -113,21 +114,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     fault when it is absent, another kind of file, malformed, or an index that does not agree with its shards.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, it is False for a name that no filesystem takes
         raise errors.SourceMissingError(f"There is no file or folder at {printable(str(path), 300)}: check the path.")
     if path.is_dir():
         path = _find_in_folder(path)
     if path.name.endswith(".json"):
         shards = _read_index(path)
     else:
-        _refuse_other_kinds(path)
         shards = {path: None}
     files, tensors, metadata = [], {}, {}
     for number, (shard, listed) in enumerate(shards.items()):
+        # Taken before the header is read, so that a change while it is read shows when the file is opened again.
+        mtime_ns = _refuse_other_kinds(shard)
         header = read_header(shard)
         if listed is not None:
             _check_shard(path, shard, header, listed)
-        files.append(SourceFile(shard, header, shard.stat().st_mtime_ns))
+        files.append(SourceFile(shard, header, mtime_ns))
         tensors |= {name: SourceTensor(info, number) for name, info in header.tensors.items()}
         metadata |= {key: value for key, value in header.metadata.items() if key not in metadata}
     return Checkpoint(path, tuple(files), tensors, metadata)
@@ -154,8 +156,7 @@ def _find_in_folder(folder: Path) -> Path:
 _MAGICS = (
     (b"GGUF", "a GGUF file, which is quantized already: convert from the original safetensors checkpoint"),
     (b"PK\x03\x04", "a PyTorch pickle archive (.pt, .ckpt, .bin), which can run code when loaded: save it as safetensors"),
-    (b"\x80\x02", "a pickle, which can run code when loaded: save it as safetensors"),
-    (b"\x80\x04", "a pickle, which can run code when loaded: save it as safetensors"),
+    *((bytes([0x80, protocol]), "a pickle, which can run code when loaded: save it as safetensors") for protocol in range(2, 6)),
     (b"\x93NUMPY", "a numpy file: save it as safetensors"),
     (b"\x89HDF", "an HDF5 file: save it as safetensors"),
     (b"\x1f\x8b", "a gzip file: unpack it first"),
@@ -163,8 +164,12 @@ _MAGICS = (
 )
 
 
-def _refuse_other_kinds(path: Path) -> None:
+def _refuse_other_kinds(path: Path) -> int:
+    """Raises NotSafetensorsError for a file known to be of another kind; returns the modification time of any other."""
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait for ever; `read_header` says what it is
+            return found.st_mtime_ns
         with open(path, "rb") as file:
             start = file.read(32)
     except OSError as error:
@@ -173,6 +178,7 @@ def _refuse_other_kinds(path: Path) -> None:
         # The first 8 bytes of a safetensors file are a length, which a magic could equal; byte 8 is then a brace.
         if start.startswith(magic) and start[8:9] != b"{":
             raise errors.NotSafetensorsError(f"{printable(str(path), 300)} is {what}.")
+    return found.st_mtime_ns
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
@@ -182,11 +188,11 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise errors.IndexFileError(f"The index {where} is larger than {MAX_INDEX_BYTES:,} bytes: it is damaged.")
         document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_pairs)
-        weight_map = document["weight_map"]
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
         well_formed = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
     except OSError as error:
         raise errors.SourceReadError(f"Cannot read the index {where}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise errors.IndexFileError(f"The index {where} is malformed ({printable(str(error))}): download it again.") from None
     if not well_formed:
         raise errors.IndexFileError(f"The index {where} needs a weight_map from tensor names to shard files.")
@@ -242,13 +248,17 @@ class TileReader:
         self._maps: list[mmap.mmap | None] = []
 
     def __enter__(self) -> TileReader:
-        for file in self.checkpoint.files:
-            with self._reading(file):
-                descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                self._handles.callback(os.close, descriptor)
-                self._descriptors.append(descriptor)
-                self.check(len(self._descriptors) - 1)
-                self._maps.append(self._map(descriptor, file.header.size) if self.io == "mmap" else None)
+        try:
+            for file in self.checkpoint.files:
+                with self._reading(file):
+                    descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                    self._handles.callback(os.close, descriptor)
+                    self._descriptors.append(descriptor)
+                    self.check(len(self._descriptors) - 1)
+                    self._maps.append(self._map(descriptor, file.header.size) if self.io == "mmap" else None)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
