@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.cases import Case
 
 DIFFUSERS_PREFIX = "model.diffusion_model."
-CONVERT_CASES = "fp8-tensor,fp8-row,fp8-block,int8-tensor,int8-row,int8-block,nf4,headline"
+CONVERT_CASES = "fp8-tensor,fp8-row,fp8-block,int8-tensor,int8-row,int8-block,nf4,headline,int8-fp8"
 
 
 def _check_sizes(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -147,10 +148,10 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 @click.option("--runs", type=int, default=5, show_default=True)
 @_threads
 def kernels(rows: int, columns: int, runs: int, threads: int | None) -> None:
-    """Time NF4 quantization of one weight in memory."""
+    """Time every quantization of one weight in memory."""
     from benchmarks.kernels import run
 
-    run((rows, columns), runs, threads, Console())
+    run((rows, columns), runs, threads or os.cpu_count() or 1, Console())
 
 
 @main.command()

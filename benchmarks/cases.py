@@ -22,24 +22,21 @@ def _scaled(kind: str, mode: str) -> Case:
     peer_kind = ("--int8",) if kind == "int8" else ()
     return Case(
         name=f"{kind}-{mode}",
-        ours=(f"--{kind}", "--scaling-mode", mode, "--comfy-quant"),
+        ours=(f"--{kind}", "--scaling-mode", mode),
         peer=(*peer_kind, "--scaling_mode", mode, *block),
     )
 
 
-_HEADLINE = Case(
+_MIXED = ("--custom-layers", _HEADLINE_LAYERS, "--custom-type", "fp8")
+# What this project is for; nobody else writes it, so it has no peer.
+_HEADLINE = Case("headline", ours=("--bnb-4bit", *_MIXED, "--comfy-quant"))
+_INT8_FP8 = Case(
     # INT8 rows with the layers at both ends in FP8. The peer needs to be told twice to keep it simple, and to scale
     # the FP8 layers by tensor, or it learns their rounding for hours and writes what ComfyUI cannot load.
-    name="headline",
-    ours=(
-        "--int8", "--scaling-mode", "row", "--comfy-quant",
-        "--custom-layers", _HEADLINE_LAYERS, "--custom-type", "fp8",
-    ),
-    peer=(
-        "--int8", "--scaling_mode", "row", "--custom-layers", _HEADLINE_LAYERS, "--custom-type", "fp8",
-        "--custom-simple", "--custom-scaling-mode", "tensor",
-    ),
-)  # fmt: skip
+    "int8-fp8",
+    ours=("--int8", *_MIXED),
+    peer=("--int8", "--scaling_mode", "row", *_MIXED, "--custom-simple", "--custom-scaling-mode", "tensor"),
+)
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -48,6 +45,7 @@ CASES: dict[str, Case] = {
         Case("nf4", ("--bnb-4bit",)),
         Case("nf4-double", ("--bnb-4bit", "--bnb-double-quant")),
         _HEADLINE,
+        _INT8_FP8,
     )
 }
 

@@ -1,10 +1,15 @@
-"""Throughput of NF4 quantization alone: one weight in memory, no files."""
+"""Throughput of each quantization alone: one weight in memory, no files. The first contender is what ratios are to.
+
+A plain copy of the weight (a read and a write of it) runs beside them: the bound that memory sets.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -12,45 +17,119 @@ from benchmarks import results
 from benchmarks.machine import installed
 from benchmarks.race import shout
 from benchmarks.results import Result
+from streamquant.formats import Format, bnb4, fp8, int8
+from streamquant.kernels import JitBackend, TorchBackend, why_no_jit
 
 BENCHMARK = "kernels"
-BLOCK = 64
+TILE_ELEMENTS = 1 << 22  # what a conversion hands to a worker at a time
 
 Quantize = Callable[[torch.Tensor], object]
+Entry = tuple[str, Callable[[], Quantize]]
+
+FORMATS: dict[str, Format] = {
+    "nf4": bnb4.BnbNF4(),
+    "fp4": bnb4.BnbFP4(),
+    "nf4-double": bnb4.BnbNF4(double_quant=True),
+    "fp8-tensor": fp8.Float8TensorWise(),
+    "fp8-row": fp8.Float8RowWise(),
+    "fp8-block": fp8.Float8BlockWise(),
+    "int8-row": int8.Int8TensorWise(),
+    "int8-block": int8.Int8BlockWise(),
+}
 
 
-def contenders() -> list[tuple[str, Callable[[], Quantize]]]:
-    """Return the implementations by name, each behind a function that imports it: the first is what ratios are to."""
-    return [(f"bitsandbytes {installed('bitsandbytes')}", _bitsandbytes)]
+def contenders(operation: str, threads: int) -> list[Entry]:
+    """Who does an operation, by name, each behind a function that imports it."""
+    if operation == "copy":
+        return [("numpy copy", lambda: _parallel_copy(threads))]
+    layout = FORMATS[operation]
+    entries: list[Entry] = []
+    if operation in ("nf4", "fp4"):
+        entries.append((f"bitsandbytes {installed('bitsandbytes')}", lambda: _bitsandbytes(operation)))
+    entries.append(("plain torch", lambda: _encode(layout, TorchBackend, threads)))
+    entries.append(("streamquant", lambda: _encode(layout, _jit, threads)))
+    return entries
 
 
-def _bitsandbytes() -> Quantize:
+def _jit() -> JitBackend:
+    if reason := why_no_jit():
+        raise ImportError(reason)
+    return JitBackend()
+
+
+def _bitsandbytes(operation: str) -> Quantize:
     from bitsandbytes.functional import quantize_4bit
 
-    return lambda weight: quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return lambda weight: quantize_4bit(weight, blocksize=64, quant_type=operation)
+
+
+def _encode(layout: Format, make_backend: Callable[[], object], threads: int) -> Quantize:
+    """All passes of a format over a BF16 weight, tile by tile, in as many threads as a conversion would use."""
+    backend = make_backend()
+    pool = ThreadPoolExecutor(threads)
+
+    def run(weight: torch.Tensor) -> None:
+        raw = weight.view(torch.uint8).numpy().reshape(-1)
+        shape = tuple(weight.shape)
+        encoder = layout.encoder(shape, "BF16")
+        granularity = layout.granularity(shape, "BF16")
+        size = max(TILE_ELEMENTS // granularity, 1) * granularity
+        tiles = [backend.load(raw[2 * begin : 2 * (begin + size)], "BF16") for begin in range(0, weight.numel(), size)]
+        if encoder.passes == 2:
+            for learned, _ in pool.map(lambda tile: encoder.observe(backend, tile), tiles):
+                encoder.absorb(learned)
+        for encoded in pool.map(lambda tile: encoder.encode(backend, tile), tiles):
+            encoder.commit(encoded)
+        encoder.finish()
+
+    return run
+
+
+def _parallel_copy(threads: int) -> Quantize:
+    pool = ThreadPoolExecutor(threads)
+
+    def run(weight: torch.Tensor) -> None:
+        source = weight.view(torch.uint8).numpy().reshape(-1)
+        target = np.empty_like(source)
+        size = 2 * TILE_ELEMENTS
+        list(pool.map(lambda at: np.copyto(target[at : at + size], source[at : at + size]), range(0, source.size, size)))
+
+    return run
 
 
 def run(
     shape: tuple[int, int],
     runs: int,
-    threads: int | None,
+    threads: int,
     console: Console,
-    entries: Sequence[tuple[str, Callable[[], Quantize]]] | None = None,
+    operations: Sequence[str] = ("copy", *FORMATS),
+    find: Callable[[str, int], Sequence[Entry]] = contenders,
     record: Callable[[Sequence[Result]], None] = results.append,
 ) -> list[Result]:
-    """Time every contender on a BF16 weight of `shape`, alternating; record the rows and return them."""
-    if threads:
-        torch.set_num_threads(threads)
+    """Time every contender of every operation on a BF16 weight of `shape`; record the rows and return them."""
+    # Workers are our own threads, each on a tile of its own; torch's would fight them. bitsandbytes needs torch's.
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul_(0.02)
     weight = weight.to(torch.bfloat16)
+    rows = []
+    for operation in operations:
+        operation_rows = _race(operation, find(operation, threads), weight, runs, threads, console)
+        record(operation_rows)
+        rows += operation_rows
+    console.print(results.table(rows))
+    return rows
+
+
+def _race(
+    operation: str, entries: Sequence[Entry], weight: torch.Tensor, runs: int, threads: int, console: Console
+) -> list[Result]:
     ready: dict[str, Quantize] = {}
     failures: dict[str, str] = {}
-    entries = contenders() if entries is None else entries
     for name, load in entries:
+        torch.set_num_threads(_torch_threads(name, threads))
         try:
             ready[name] = load()
-            # Once unmeasured: the first call pays for imports and fresh memory.
-            ready[name](weight[:BLOCK])
+            # Once unmeasured: the first call pays for imports, compilation and fresh memory.
+            ready[name](weight[:128])
         except (ImportError, RuntimeError) as error:
             ready.pop(name, None)
             failures[name] = f"{type(error).__name__}: {error}"
@@ -58,14 +137,15 @@ def run(
     seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
     for _ in range(runs):
         for name, quantize in ready.items():
+            torch.set_num_threads(_torch_threads(name, threads))
             began = time.perf_counter()
             quantize(weight)
             seconds[name].append(time.perf_counter() - began)
     first = entries[0][0]
-    rows = [
+    return [
         results.result(
             BENCHMARK,
-            f"nf4 {shape[0]}x{shape[1]} bf16, {torch.get_num_threads()} threads",
+            f"{operation} {weight.shape[0]}x{weight.shape[1]} bf16, {threads} threads",
             name,
             seconds[name],
             size_bytes=weight.nbytes,
@@ -74,6 +154,7 @@ def run(
         )
         for name, _ in entries
     ]
-    record(rows)
-    console.print(results.table(rows))
-    return rows
+
+
+def _torch_threads(name: str, threads: int) -> int:
+    return threads if name.startswith("bitsandbytes") else 1

@@ -168,30 +168,26 @@ def _value(text: str, kind: type) -> object:
 
 
 def table(rows: Sequence[Result], title: str = "") -> Table:
-    """Return `rows` as a table for a terminal, the facts of the machine left out."""
-    grid = Table(title=title)
-    for name in ("case", "contender", "input", "output"):
-        grid.add_column(name)
-    for name in ("runs", "p50 s", "p20-p80", "per second", "ratio", "peak", "idle", "budget"):
-        grid.add_column(name, justify="right")
-    grid.add_column("cache")
-    grid.add_column("note")
-    for row in rows:
-        grid.add_row(
-            row.case,
-            row.contender,
-            format_size(row.size_bytes),
-            format_size(row.output_bytes),
-            str(row.runs),
-            "-" if row.p50 is None else f"{row.p50:.3g}",
-            "-" if row.p20 is None else f"{row.p20:.3g}-{row.p80:.3g}",
-            format_size(row.bytes_per_second),
-            "-" if row.ratio is None else f"{row.ratio:.2f} x {row.ratio_to}",
-            format_size(row.peak_anonymous_bytes, binary=True),
-            format_size(row.baseline_anonymous_bytes, binary=True),
-            format_size(row.budget_bytes, binary=True),
-            row.cache,
-            row.note,
-            style="bold red" if row.p50 is None else "",
-        )
+    """Return `rows` as a table for a terminal: the columns that have something to say, the facts of the machine left out."""
+    cells = {
+        "case": [row.case for row in rows],
+        "contender": [row.contender for row in rows],
+        "in": [format_size(row.size_bytes) for row in rows],
+        "out": [format_size(row.output_bytes) for row in rows],
+        "p50 s": ["-" if row.p50 is None else f"{row.p50:.3g}" for row in rows],
+        "p20-p80": ["-" if row.p20 is None else f"{row.p20:.3g}-{row.p80:.3g}" for row in rows],
+        "per s": [format_size(row.bytes_per_second) for row in rows],
+        "ratio": ["-" if row.ratio is None else f"{row.ratio:.2f} x {row.ratio_to}" for row in rows],
+        "peak": [format_size(row.peak_anonymous_bytes, binary=True) for row in rows],
+        "idle": [format_size(row.baseline_anonymous_bytes, binary=True) for row in rows],
+        "budget": [format_size(row.budget_bytes, binary=True) for row in rows],
+        "cache": [row.cache for row in rows],
+        "note": [row.note for row in rows],
+    }
+    grid = Table(title=title, box=None)
+    shown = [name for name, values in cells.items() if any(value not in ("", "-") for value in values)]
+    for name in shown:
+        grid.add_column(name, justify="left" if name in ("case", "contender", "cache", "note") else "right")
+    for index, row in enumerate(rows):
+        grid.add_row(*(cells[name][index] for name in shown), style="bold red" if row.p50 is None else "")
     return grid

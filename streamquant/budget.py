@@ -21,11 +21,12 @@ OVERHEAD = {"numba": 128 * MEBIBYTE, "torch": 160 * MEBIBYTE}
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Elements per tile for each unit, and the anonymous memory all tiles in flight may take."""
+    """Elements per tile for each unit; how many tiles exist at once; bytes of memory to expect, and allowed."""
 
     elements: tuple[int, ...]
     in_flight: int
     peak_bytes: int
+    memory_budget: int
 
 
 def tiles_in_flight(threads: int) -> int:
@@ -70,7 +71,7 @@ def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: s
             )
         elements.append(size)
         peak = max(peak, math.ceil(size * per_element) * in_flight)
-    return TileSizes(tuple(elements), in_flight, peak + OVERHEAD[backend])
+    return TileSizes(tuple(elements), in_flight, peak + OVERHEAD[backend], memory_budget)
 
 
 def anonymous_bytes() -> int:

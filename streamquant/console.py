@@ -148,11 +148,12 @@ class Bar(Quiet):
         self.console.print(Text(text))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
+        self._budget = tiles.memory_budget
         self._bar.update(self._task, total=plan.source_bytes, completed=done_bytes)
         self._bar.start_task(self._task)
 
     def progress(self, unit: Unit, source_bytes: int) -> None:
-        memory = f"{anonymous_bytes() // MEBIBYTE} MiB"
+        memory = _memory(self._budget)
         self._bar.update(self._task, advance=source_bytes, memory=memory, tensor=escape(printable(unit.key, 40)))
 
 
@@ -169,7 +170,7 @@ class PlainLines(Quiet):
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._done, self._total = done_bytes, plan.source_bytes
-        self._skipped = done_bytes
+        self._skipped, self._budget = done_bytes, tiles.memory_budget
 
     def progress(self, unit: Unit, source_bytes: int) -> None:
         self._done += source_bytes
@@ -181,7 +182,7 @@ class PlainLines(Quiet):
         left = (self._total - self._done) / max(speed, 1.0)
         self.note(
             f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {decimal(int(speed))}/s  "
-            f"{left:.0f} s left  {anonymous_bytes() // MEBIBYTE} MiB  {printable(unit.key, 60)}"
+            f"{left:.0f} s left  {_memory(self._budget)}  {printable(unit.key, 60)}"
         )
 
 
@@ -212,6 +213,11 @@ class JsonLines(Quiet):
                 tensor=unit.key,
                 anonymous_bytes=anonymous_bytes(),
             )
+
+
+def _memory(budget: int) -> str:
+    """Memory in use against what was allowed."""
+    return f"{anonymous_bytes() // MEBIBYTE} of {budget // MEBIBYTE} MiB"
 
 
 def report_view(report: Report) -> Group:
