@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamquant._version import __version__  # noqa: E402, F401
+from streamquant._version import __version__
 
 # `kernels/` stands beside this folder in the repository and inside it when installed. From a checkout (also an
 # editable install) the package must look there too.

@@ -176,7 +176,7 @@ class Rules:
         self.recognised, self.prefix = presets.recognise(keys)
         self.presets = self._choose_presets(recipe.preset)
         # Pattern -> the candidates it found; whoever plans complains about those that found none.
-        self.matches: dict[Pattern, int] = {pattern: 0 for pattern in self.patterns()}
+        self.matches: dict[Pattern, int] = dict.fromkeys(self.patterns(), 0)
 
     def _choose_presets(self, names: tuple[str, ...]) -> list[presets.Preset]:
         if "none" in names:

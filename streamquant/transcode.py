@@ -32,8 +32,8 @@ from streamquant.formats.plain import to_float32
 from streamquant.kernels import ErrorSums, select, why_no_jit
 from streamquant.plan import Plan, Unit
 from streamquant.plan import plan as make_plan
-from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.prefetch import Prefetcher
+from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.recipe import Recipe
 from streamquant.report import LayerResult, Report
 from streamquant.session import Session, open_session, prefix_hashers

@@ -61,9 +61,14 @@ class Journal:
         with writing(path):
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         journal = cls(path, descriptor, 0)
-        _lock(descriptor, path)
-        journal.append({"journal": VERSION, "fingerprint": fingerprint})
-        journal.sync()
+        try:
+            _lock(descriptor, path)
+            journal.append({"journal": VERSION, "fingerprint": fingerprint})
+            journal.sync()
+        except BaseException:
+            journal.close()
+            path.unlink()
+            raise
         return journal
 
     @classmethod
@@ -124,7 +129,7 @@ def read_records(path: Path) -> Records:
                     f"file, and convert from the start."
                 )
             records = Records(first["fingerprint"], lines=1, nbytes=file.tell())
-            history: list[tuple[int, bool]] = []
+            history: dict[int, int] = {}
             for line in file:
                 record = _decode(line)
                 if record is None:
@@ -137,19 +142,22 @@ def read_records(path: Path) -> Records:
     return records
 
 
-def _take(record: dict[str, Any], records: Records, history: list[tuple[int, bool]]) -> None:
-    """Merge one line. history: (line number, unit) of every completed unit so far, to resolve `durable`."""
+def _take(record: dict[str, Any], records: Records, history: dict[int, int]) -> None:
+    """Merge one line. history: completed unit -> its line number, of those that no `durable` line covers yet."""
     if "learned" in record:
         records.learned[record["unit"]] = record["learned"]
     elif "unit" in record:
         records.units[record["unit"]] = record
-        # A unit that is done again after a failed check is no longer covered by an older durable line.
+        # A unit that is done again after a failed check is covered by no durable line that speaks of the first time.
         records.durable.discard(record["unit"])
+        history.pop(record["unit"], None)
         if "hashes" in record:
-            history.append((records.lines, record["unit"]))
+            history[record["unit"]] = records.lines
     elif "durable" in record:
-        while history and history[0][0] < record["durable"]:
-            records.durable.add(history.pop(0)[1])
+        covered = [unit for unit, line in history.items() if line < record["durable"]]
+        records.durable.update(covered)
+        for unit in covered:
+            del history[unit]
     elif "published" in record:
         records.published.add(record["published"])
 

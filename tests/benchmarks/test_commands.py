@@ -46,7 +46,6 @@ def test_conversions_are_measured_without_torch_in_the_harness() -> None:
 
 
 def test_kernels_record_the_missing_too() -> None:
-    pytest.importorskip("torch")
     from benchmarks import kernels
 
     def missing() -> kernels.Quantize:
@@ -55,7 +54,7 @@ def test_kernels_record_the_missing_too() -> None:
     rows: list[Result] = []
     console = Console(file=io.StringIO(), width=200)
     entries = [("first", lambda: abs), ("second", lambda: abs), ("missing", missing)]
-    kernels.run((128, 64), 2, None, console, entries, rows.extend)
+    kernels.run((128, 64), 2, 1, console, ["nf4"], lambda operation, threads: entries, rows.extend)
     first, second, absent = rows
     assert (first.runs, first.size_bytes, first.ratio_to) == (2, 128 * 64 * 2, "")
     assert second.ratio_to == "first" and second.ratio > 0
