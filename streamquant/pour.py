@@ -1,0 +1,316 @@
+"""The loop: tiles are read, computed and written by worker threads, and committed in order, inside a memory budget.
+
+The main thread hands out tiles and commits them strictly in the order of the plan (hash, journal, statistics). So the
+journal is always a prefix of the work, whatever order the workers finish in, and a tensor's hash is a running hash. A
+format that needs the whole tensor first has its first pass scheduled one unit ahead, so that no worker waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from streamquant import errors
+from streamquant.budget import TileSizes, anonymous_bytes
+from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.reader import TileReader
+from streamquant.formats import Encoded, Encoder, Fill
+from streamquant.formats.plain import to_float32
+from streamquant.kernels import ErrorSums, select
+from streamquant.options import Observer, Options
+from streamquant.plan import Plan, Unit
+from streamquant.prefetch import Prefetcher
+from streamquant.session import Session, prefix_hashers
+
+SYNC_BYTES = 256 << 20  # how much may be written before it is made durable; costs nothing, the disk is busy anyway
+FILL_CHUNK = 1 << 20
+
+
+class Work:
+    """A unit being converted: its encoder, a running hash per streamed output, its error sums."""
+
+    def __init__(self, unit: Unit):
+        self.unit = unit
+        self.encoder: Encoder = unit.format.encoder(unit.shape, unit.dtype)
+        self.streamed = [output for output in unit.outputs if output.streamed]
+        self.hashers = [xxhash.xxh3_64() for _ in self.streamed]
+        self.sums = ErrorSums()
+        self.begin = 0
+        self.learned = self.encoder.passes == 1
+
+    def take_up(self, record: dict[str, Any], session: Session) -> None:
+        """Go on where an interrupted run stopped in the middle of this unit."""
+        self.begin = record["end"]
+        self.encoder.restore(record["state"])
+        self.sums = ErrorSums(*record["sums"])
+        self.learned = True
+        self.hashers = list(prefix_hashers(session, self.unit, self.streamed, self.begin))
+
+
+@dataclass
+class Tile:
+    """Elements [begin, end) of a unit, on their way through a worker."""
+
+    work: Work
+    begin: int
+    end: int
+    observing: bool
+    future: Future
+
+
+class Pour:
+    """One run of the loop over all units that are not done yet."""
+
+    def __init__(self, plan: Plan, session: Session, options: Options, device: str, tiles: TileSizes, observer: Observer,
+                 stop: threading.Event):  # fmt: skip
+        self.plan, self.session, self.options, self.device = plan, session, options, device
+        self.tiles, self.observer, self.stop = tiles, observer, stop
+        self.peak = anonymous_bytes()
+        self._local = threading.local()
+        self._in_flight: deque[Tile] = deque()
+        self._unsynced = 0
+        self._sync: tuple[Future, int] | None = None
+
+    def run(self) -> None:
+        """Convert every unit that is not done, publish every file. Raises a StreamquantError."""
+        todo = [unit for unit in self.plan.units if unit.index not in self.session.done]
+        done_bytes = sum(self.plan.units[index].source.info.nbytes for index in self.session.done)
+        self.observer.started(self.plan, self.tiles, done_bytes)
+        with contextlib.ExitStack() as stack:
+            self.reader = stack.enter_context(TileReader(self.plan.checkpoint, self.options.effective_io))
+            self.prefetcher = stack.enter_context(Prefetcher(self._ranges(todo)))
+            self.pool = ThreadPoolExecutor(self.options.effective_threads, "tile")
+            stack.callback(self.pool.shutdown, wait=True, cancel_futures=True)
+            self.syncer = ThreadPoolExecutor(1, "sync")
+            stack.callback(self.syncer.shutdown, wait=True)
+            self._publish_complete()
+            for work, observing in self._schedule(todo):
+                self._hand_out(work, observing)
+            while self._in_flight:
+                self._commit_next()
+            self._publish_complete()
+
+    def _ranges(self, todo: list[Unit]) -> list[tuple[int, int, int]]:
+        ranges = []
+        for unit in todo:
+            start = self.plan.checkpoint.files[unit.source.file].header.data_start + unit.source.info.start
+            ranges.append((self.reader.descriptor(unit.source.file), start, unit.source.info.nbytes))
+        return ranges
+
+    def _schedule(self, todo: list[Unit]) -> Iterator[tuple[Work, bool]]:
+        """(work, whether to observe it): first passes one unit ahead of the encoding."""
+        waiting: Work | None = None
+        for unit in todo:
+            work = Work(unit)
+            if record := self.session.begun.get(unit.index):
+                work.take_up(record, self.session)
+                self.observer.progress(unit, work.begin * unit.element_bytes)
+            elif not work.learned and unit.index in self.session.learned:
+                work.encoder.restore(self.session.learned[unit.index])
+                work.learned = True
+            if not work.learned:
+                yield work, True
+            if waiting is not None:
+                yield waiting, False
+            waiting = work
+        if waiting is not None:
+            yield waiting, False
+
+    def _hand_out(self, work: Work, observing: bool) -> None:
+        """Submit the tiles of one pass over one unit, committing finished ones to stay within the budget."""
+        while not observing and not work.learned:
+            self._commit_next()
+        unit, size = work.unit, self.tiles.elements[work.unit.index]
+        if not unit.elements:
+            self._drain()
+            self._finish(work)
+        for begin in range(0 if observing else work.begin, unit.elements, size):
+            while len(self._in_flight) >= self.tiles.in_flight:
+                self._commit_next()
+            end = min(begin + size, unit.elements)
+            future = self.pool.submit(self._compute, work, begin, end, observing)
+            self._in_flight.append(Tile(work, begin, end, observing, future))
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._commit_next()
+
+    def _compute(self, work: Work, begin: int, end: int, observing: bool) -> Any:
+        """In a worker: read a tile, compute it, and (when encoding) write its bytes at their final offsets."""
+        unit, encoder = work.unit, work.encoder
+        raw = self.reader.tile(unit.source, begin * unit.element_bytes, end * unit.element_bytes)
+        backend = self._backend() if not encoder.wants_bytes else None
+        tile = np.frombuffer(raw, dtype=np.uint8) if backend is None else backend.load(raw, unit.dtype)
+        if observing:
+            learned, finite = encoder.observe(backend, tile)
+            self._refuse_nonfinite(unit, finite, raw, begin)
+            return learned
+        encoded = encoder.encode(backend, tile)
+        self._refuse_nonfinite(unit, encoded.finite, raw, begin)
+        for output, payload in zip(work.streamed, encoded.payloads, strict=True):
+            number, offset, _ = self.plan.placement[unit.output_name(output)]
+            self.session.files[number].write(offset + output.extent(begin, end)[0], _bytes_of(payload))
+        return encoded
+
+    def _backend(self) -> Any:
+        """This thread's backend: each has its own staging buffer and stream."""
+        if not hasattr(self._local, "backend"):
+            self._local.backend = select(self.device)
+        return self._local.backend
+
+    def _refuse_nonfinite(self, unit: Unit, finite: bool, raw: memoryview, begin: int) -> None:
+        if finite or self.plan.recipe.allow_nonfinite:
+            return
+        values = to_float32(np.frombuffer(raw, dtype=np.uint8), unit.dtype)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            what = f"is {values[bad[0]]} (as float32)"
+        else:
+            # Only a cast to F16 makes infinities out of finite numbers.
+            bad = np.flatnonzero(np.abs(values) >= 65520)
+            what = f"is {values[bad[0]]}, beyond what F16 can hold"
+        index = np.unravel_index(begin + int(bad[0]), unit.shape)
+        where = ", ".join(str(int(part)) for part in index)
+        raise errors.NonFiniteError(
+            f"{printable(unit.key)}[{where}] {what}: the checkpoint is damaged there, or was trained so; "
+            f"--allow-nonfinite converts it all the same."
+        )
+
+    def _commit_next(self) -> None:
+        """Take the oldest tile in flight, wait for it, and make its result part of the output."""
+        if self.stop.is_set():
+            self._halt()
+        tile = self._in_flight.popleft()
+        result = self._result_of(tile)
+        work, unit = tile.work, tile.work.unit
+        last = tile.end == unit.elements
+        if tile.observing:
+            work.encoder.absorb(result)
+            self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
+            if last:
+                work.learned = True
+                self.session.journal.append({"unit": unit.index, "learned": work.encoder.state()})
+            return
+        self._commit(tile, result)
+        if last:
+            self._finish(work)
+        self._keep_durable()
+
+    def _result_of(self, tile: Tile) -> Any:
+        while not wait_for([tile.future], timeout=0.2).done:
+            if self.stop.is_set():
+                self._in_flight.appendleft(tile)
+                self._halt()
+        return tile.future.result()
+
+    def _halt(self) -> None:
+        """Stop at a tile: what is computing is finished and committed, the rest is left for a resume."""
+        for tile in self._in_flight:
+            tile.future.cancel()
+        while self._in_flight and not self._in_flight[0].future.cancelled():
+            tile = self._in_flight.popleft()
+            result = tile.future.result()
+            if tile.observing:
+                break  # an unfinished first pass is done again
+            self._commit(tile, result)
+            if tile.end == tile.work.unit.elements:
+                self._finish(tile.work)
+        raise errors.InterruptedRunError("Interrupted; what was written is kept.")
+
+    def _commit(self, tile: Tile, encoded: Encoded) -> None:
+        work, unit = tile.work, tile.work.unit
+        for hasher, payload in zip(work.hashers, encoded.payloads, strict=True):
+            hasher.update(_bytes_of(payload))
+            self._unsynced += payload.nbytes
+        work.encoder.commit(encoded)
+        work.sums.add(encoded.sums.error, encoded.sums.weight)
+        if work.encoder.passes == 1:
+            self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
+        if tile.end < unit.elements:
+            self.session.journal.append(
+                {
+                    "unit": unit.index,
+                    "end": tile.end,
+                    "state": work.encoder.state(),
+                    "sums": [work.sums.error, work.sums.weight],
+                    "digests": [hasher.hexdigest() for hasher in work.hashers],
+                }
+            )
+        self.peak = max(self.peak, anonymous_bytes())
+        self.observer.progress(unit, (tile.end - tile.begin) * unit.element_bytes)
+
+    def _finish(self, work: Work) -> None:
+        """The unit's last tile is committed: write what is not streamed, close its hashes, journal it."""
+        unit = work.unit
+        final = work.encoder.finish()
+        running = {output.suffix: hasher for output, hasher in zip(work.streamed, work.hashers, strict=True)}
+        hashes = []
+        for output in unit.outputs:
+            data = final.get(output.suffix, output.constant)
+            hasher = running.get(output.suffix) if data is None else self._write_whole(unit.output_name(output), data)
+            hashes.append(hasher.hexdigest())
+        sums = [work.sums.error, work.sums.weight]
+        record = {"unit": unit.index, "hashes": hashes, "sums": sums}
+        self.session.journal.append(record)
+        self.session.done[unit.index] = record
+        self.reader.release(unit.source)
+        self._publish_complete(unit)
+
+    def _write_whole(self, name: str, data: bytes | Fill) -> xxhash.xxh3_64:
+        number, offset, nbytes = self.plan.placement[name]
+        hasher = xxhash.xxh3_64()
+        chunk = data if isinstance(data, bytes) else data.item * (FILL_CHUNK // len(data.item))
+        for begin in range(0, nbytes, max(len(chunk), 1)):
+            part = memoryview(chunk)[: nbytes - begin]
+            self.session.files[number].write(offset + begin, part)
+            hasher.update(part)
+        return hasher
+
+    def _publish_complete(self, unit: Unit | None = None) -> None:
+        """Publish the files all of whose units are done: that of `unit`, or any."""
+        candidates = range(len(self.plan.files)) if unit is None else [self._file_number(unit)]
+        for number in candidates:
+            if number in self.session.published:
+                continue
+            if all(index in self.session.done for index in self._members(number)):
+                self.session.publish(number, self.options.force)
+
+    def _file_number(self, unit: Unit) -> int:
+        return self.plan.placement[unit.output_name(unit.outputs[0])][0]
+
+    def _members(self, number: int) -> list[int]:
+        """The units of an output file, last first: the one still missing is found at once."""
+        if not hasattr(self, "_units_of_file"):
+            self._units_of_file: dict[int, list[int]] = {}
+            for unit in reversed(self.plan.units):
+                self._units_of_file.setdefault(self._file_number(unit), []).append(unit.index)
+        return self._units_of_file.get(number, [])
+
+    def _keep_durable(self) -> None:
+        """Now and then make the data durable, beside the work, and only then say so in the journal."""
+        if self._sync is not None and self._sync[0].done():
+            self._sync[0].result()
+            self.session.journal.append({"durable": self._sync[1]})
+            self.session.journal.sync()
+            self._sync = None
+        if self._sync is None and self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            self._sync = (self.syncer.submit(self._sync_files), self.session.journal.lines)
+
+    def _sync_files(self) -> None:
+        for number, file in enumerate(self.session.files):
+            if number not in self.session.published:
+                file.sync()
+
+
+def _bytes_of(payload: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(payload).reshape(-1).view(np.uint8))
