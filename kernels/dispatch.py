@@ -230,9 +230,13 @@ def _host(parts) -> np.ndarray:
 
 
 def _measure(decoded, part, sums: ErrorSums) -> None:
+    import torch
+
     weight = part.float().reshape(-1)
     error = decoded.reshape(-1) - weight
-    sums.add(float(error.dot(error)), float(weight.dot(weight)))
+    # In float64, for float32 holds no square of a weight above 2e19 or below 1e-23; without a float64 copy on a device.
+    error_norm, weight_norm = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (error, weight))
+    sums.add(error_norm**2, weight_norm**2)
 
 
 def select(device: str = "cpu"):

@@ -26,6 +26,7 @@ from rich.text import Text
 from streamquant.budget import TileSizes, anonymous_bytes
 from streamquant.checkpoint.header import printable
 from streamquant.errors import StreamquantError
+from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
 from streamquant.report import Report
@@ -75,7 +76,7 @@ class Screen:
         if self.as_json:
             yield JsonLines(self)
         elif self.quiet:
-            yield Quiet()
+            yield Silent()
         elif self.err.is_terminal:
             with Bar(self.err) as bar:
                 yield bar
@@ -109,17 +110,7 @@ class Screen:
         self.out.print(table)
 
 
-class Quiet:
-    """Shows nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None: ...
-
-    def progress(self, unit: Unit, source_bytes: int) -> None: ...
-
-
-class Bar(Quiet):
+class Bar(Silent):
     """A progress bar by bytes, with the tensor in hand and the memory in use."""
 
     def __init__(self, console: Console):
@@ -157,7 +148,7 @@ class Bar(Quiet):
         self._bar.update(self._task, advance=source_bytes, memory=memory, tensor=escape(printable(unit.key, 40)))
 
 
-class PlainLines(Quiet):
+class PlainLines(Silent):
     """Lines, for logs."""
 
     def __init__(self, console: Console):
@@ -186,7 +177,7 @@ class PlainLines(Quiet):
         )
 
 
-class JsonLines(Quiet):
+class JsonLines(Silent):
     """Events for a program."""
 
     def __init__(self, screen: Screen):

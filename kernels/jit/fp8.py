@@ -22,6 +22,7 @@ def _make_encoder(mantissa_bits: int, exponent_bias: int, maximum: float):
     # rounded to nearest even by the adder itself.
     aligner = np.float32(2.0 ** (1 - exponent_bias - mantissa_bits + 23))
     aligner_bits = int32(aligner.view(np.int32))
+    quantum = np.float32(2.0 ** (1 - exponent_bias - mantissa_bits))
     one = int32(1)
     sign_shift = int32(24)
     sign_mask = int32(0x80)
@@ -53,7 +54,8 @@ def _make_encoder(mantissa_bits: int, exponent_bias: int, maximum: float):
                     aligned = bits_float(magnitude) + aligner
                     is_normal = magnitude >= smallest_normal
                     code = int32(int32(rounded >> shift) - rebias) if is_normal else int32(float_bits(aligned) - aligner_bits)
-                    value = bits_float(int32(rounded & kept_bits)) if is_normal else aligned - aligner
+                    # Not `aligned - aligner`: reassociation would cancel it to the magnitude, and the error to nothing.
+                    value = bits_float(int32(rounded & kept_bits)) if is_normal else np.float32(code) * quantum
                     out[element] = np.uint8(int32(code | int32(int32(bits >> sign_shift) & sign_mask)))
                     error = value - bits_float(magnitude)
                     error_sum += error * error

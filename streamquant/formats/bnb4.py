@@ -188,6 +188,7 @@ def exact_sum(values: np.ndarray) -> int:
     return sum(int(total) << max(index - 1, 0) for index, total in enumerate(by_exponent[:255].tolist()) if total)
 
 
+@np.errstate(invalid="ignore")  # an infinity divided by itself becomes NaN, as it does in bitsandbytes
 def encode_dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bitsandbytes' 8-bit blockwise quantization over its dynamic map.
 

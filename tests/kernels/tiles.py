@@ -12,7 +12,7 @@ from streamquant.kernels import JitBackend, TorchBackend
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 JIT, TORCH = JitBackend(), TorchBackend()
 
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=60, deadline=None)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytearray:
@@ -37,8 +37,15 @@ def _gauss(rng, elements):
 
 
 def _wide(rng, elements):
-    """Magnitudes over twelve decades in one tensor: most codes are subnormal or zero."""
+    """Magnitudes over twelve decades in one tensor."""
     return (rng.standard_normal(elements) * 10.0 ** rng.uniform(-9, 3, elements)).astype(np.float32)
+
+
+def _outlier(rng, elements):
+    """One weight thirty thousand times the others, which leaves them an FP8 scale's subnormals."""
+    values = _gauss(rng, elements)
+    values[rng.integers(0, elements)] = 600.0
+    return values
 
 
 def _sparse(rng, elements):
@@ -73,6 +80,7 @@ def _constant(rng, elements):
 KINDS = {
     "gauss": _gauss,
     "wide": _wide,
+    "outlier": _outlier,
     "sparse": _sparse,
     "bits": _bits,
     "ties": _ties,
