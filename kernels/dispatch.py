@@ -17,6 +17,7 @@ from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS
 # How the floating safetensors dtypes lie in host memory. BF16 has no numpy dtype: its bits are kept as uint16.
 HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 TORCH_CHUNK = 1 << 18  # elements the torch references work on at a time on the CPU, so that temporaries stay in cache
+NORM_CHUNK = 1 << 22  # elements copied to float64 at a time
 
 
 @dataclass
@@ -138,15 +139,15 @@ class TorchBackend:
 
         host = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8))
         torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
-        if self._stream is not None:
-            # Pinned memory is what lets the copy run beside the other workers' kernels; one buffer serves all tiles.
-            if self._staging is None or self._staging.numel() < host.numel():
-                self._staging = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
-            staged = self._staging[: host.numel()].copy_(host)
-            with torch.cuda.stream(self._stream):
-                host = staged.to(self.device, non_blocking=True)
-        tile = host.view(torch_dtype)
-        return tile.float() if dtype == "F64" else tile
+        with self._context():
+            if self._stream is not None:
+                # Pinned memory is what lets the copy run beside the other workers' kernels; one buffer serves all tiles.
+                self._stream.synchronize()  # the last tile may still be on its way out of it
+                if self._staging is None or self._staging.numel() < host.numel():
+                    self._staging = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
+                host = self._staging[: host.numel()].copy_(host).to(self.device, non_blocking=True)
+            tile = host.view(torch_dtype)
+            return tile.float() if dtype == "F64" else tile
 
     def _chunks(self, elements: int, group: int):
         step = elements if self.device.type == "cuda" else max(TORCH_CHUNK // group, 1) * group
@@ -158,6 +159,7 @@ class TorchBackend:
         return torch.from_numpy(values).to(self.device)
 
     def _context(self):
+        """Everything that touches a tile runs on this backend's stream: other streams do not wait for it."""
         import contextlib
 
         import torch
@@ -165,10 +167,12 @@ class TorchBackend:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
     def nan_mask(self, tile) -> np.ndarray:
-        return tile.isnan().cpu().numpy()
+        with self._context():
+            return tile.isnan().cpu().numpy()
 
     def without_nonfinite(self, tile):
-        return tile.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        with self._context():
+            return tile.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def absmax(self, tile, group: int) -> np.ndarray:
         from .absmax import group_absmax
@@ -230,13 +234,15 @@ def _host(parts) -> np.ndarray:
 
 
 def _measure(decoded, part, sums: ErrorSums) -> None:
+    weight = part.float().reshape(-1)
+    sums.add(_sum_of_squares(decoded.reshape(-1) - weight), _sum_of_squares(weight))
+
+
+def _sum_of_squares(values) -> float:
+    """In float64, for float32 holds no square of a weight above 2e19 or below 1e-23; by parts, for the copy that takes."""
     import torch
 
-    weight = part.float().reshape(-1)
-    error = decoded.reshape(-1) - weight
-    # In float64, for float32 holds no square of a weight above 2e19 or below 1e-23; without a float64 copy on a device.
-    error_norm, weight_norm = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (error, weight))
-    sums.add(error_norm**2, weight_norm**2)
+    return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in values.split(NORM_CHUNK))
 
 
 def select(device: str = "cpu"):

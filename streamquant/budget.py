@@ -66,8 +66,9 @@ def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: s
         if size > limit:
             need = OVERHEAD[backend] + math.ceil(size * per_element) * in_flight
             raise BudgetError(
-                f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget of "
-                f"{memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
+                f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a "
+                f"budget of {memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or "
+                f"fewer --threads."
             )
         elements.append(size)
         peak = max(peak, math.ceil(size * per_element) * in_flight)

@@ -52,7 +52,11 @@ def _preset_flags(command: Callable) -> Callable:
 
 
 MAX_WIDTH = 100
-CONTEXT = {"max_content_width": MAX_WIDTH, "token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+CONTEXT = {
+    "max_content_width": MAX_WIDTH,
+    "token_normalize_func": lambda word: word.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
 
 # The help of `convert` as a person reads it: options that belong together share a row, so that all fit one screen.
 CONVERT_HELP = {
@@ -181,6 +185,10 @@ def convert(**given: Any) -> None:
     except StreamquantError as error:
         screen.fail(error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our lines is gone; the partial output is kept. Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _convert(given: dict[str, Any], screen: Any) -> None:

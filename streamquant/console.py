@@ -172,8 +172,8 @@ class PlainLines(Silent):
         speed = (self._done - self._skipped) / max(now - self._start, 1e-9)
         left = (self._total - self._done) / max(speed, 1.0)
         self.note(
-            f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {decimal(int(speed))}/s  "
-            f"{left:.0f} s left  {_memory(self._budget)}  {printable(unit.key, 60)}"
+            f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  "
+            f"{decimal(int(speed))}/s  {left:.0f} s left  {_memory(self._budget)}  {printable(unit.key, 60)}"
         )
 
 

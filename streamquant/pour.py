@@ -189,41 +189,34 @@ class Pour:
         """Take the oldest tile in flight, wait for it, and make its result part of the output."""
         if self.stop.is_set():
             self._halt()
-        tile = self._in_flight.popleft()
-        result = self._result_of(tile)
-        work, unit = tile.work, tile.work.unit
-        last = tile.end == unit.elements
-        if tile.observing:
-            work.encoder.absorb(result)
-            self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
-            if last:
-                work.learned = True
-                self.session.journal.append({"unit": unit.index, "learned": work.encoder.state()})
-            return
-        self._commit(tile, result)
-        if last:
-            self._finish(work)
+        while not wait_for([self._in_flight[0].future], timeout=0.2).done:
+            if self.stop.is_set():
+                self._halt()
+        self._accept(self._in_flight.popleft())
         self._keep_durable()
 
-    def _result_of(self, tile: Tile) -> Any:
-        while not wait_for([tile.future], timeout=0.2).done:
-            if self.stop.is_set():
-                self._in_flight.appendleft(tile)
-                self._halt()
-        return tile.future.result()
+    def _accept(self, tile: Tile) -> None:
+        """Take what a finished tile has learned or written."""
+        work, unit = tile.work, tile.work.unit
+        result = tile.future.result()
+        last = tile.end == unit.elements
+        if not tile.observing:
+            self._commit(tile, result)
+            if last:
+                self._finish(work)
+            return
+        work.encoder.absorb(result)
+        self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
+        if last:
+            work.learned = True
+            self.session.journal.append({"unit": unit.index, "learned": work.encoder.state()})
 
     def _halt(self) -> None:
         """Stop at a tile: what is computing is finished and committed, the rest is left for a resume."""
         for tile in self._in_flight:
             tile.future.cancel()
         while self._in_flight and not self._in_flight[0].future.cancelled():
-            tile = self._in_flight.popleft()
-            result = tile.future.result()
-            if tile.observing:
-                break  # an unfinished first pass is done again
-            self._commit(tile, result)
-            if tile.end == tile.work.unit.elements:
-                self._finish(tile.work)
+            self._accept(self._in_flight.popleft())
         raise errors.InterruptedRunError("Interrupted; what was written is kept.")
 
     def _commit(self, tile: Tile, encoded: Encoded) -> None:
@@ -282,6 +275,7 @@ class Pour:
             if number in self.session.published:
                 continue
             if all(index in self.session.done for index in self._members(number)):
+                self._settle()  # a file must not be closed while it is being synced, nor a failed sync go unseen
                 self.session.publish(number, self.options.force)
 
     def _file_number(self, unit: Unit) -> int:
@@ -298,13 +292,18 @@ class Pour:
     def _keep_durable(self) -> None:
         """Now and then make the data durable, beside the work, and only then say so in the journal."""
         if self._sync is not None and self._sync[0].done():
+            self._settle()
+        if self._sync is None and self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            self._sync = (self.syncer.submit(self._sync_files), self.session.journal.lines)
+
+    def _settle(self) -> None:
+        """Wait for the sync under way, if any, and journal what it made durable."""
+        if self._sync is not None:
             self._sync[0].result()
             self.session.journal.append({"durable": self._sync[1]})
             self.session.journal.sync()
             self._sync = None
-        if self._sync is None and self._unsynced >= SYNC_BYTES:
-            self._unsynced = 0
-            self._sync = (self.syncer.submit(self._sync_files), self.session.journal.lines)
 
     def _sync_files(self) -> None:
         for number, file in enumerate(self.session.files):

@@ -47,7 +47,8 @@ class Prefetcher:
             for offset in range(start, start + length, STEP):
                 count = min(STEP, start + length - offset)
                 with self._condition:
-                    self._condition.wait_for(lambda: self._stopped or requested - self._consumed < DISTANCE)
+                    while not self._stopped and requested - self._consumed >= DISTANCE:
+                        self._condition.wait()
                     if self._stopped:
                         return
                 try:

@@ -83,7 +83,8 @@ class FormatChoice:
         if self.kind == "fp8_e5m2":
             return formats.fp8.Float8E5M2()
         if self.kind == "int8":
-            return formats.int8.Int8BlockWise(block_size=size) if mode == "block" else formats.int8.Int8TensorWise(mode == "row")
+            by_block = mode == "block"
+            return formats.int8.Int8BlockWise(block_size=size) if by_block else formats.int8.Int8TensorWise(mode == "row")
         if self.kind in ("nf4", "fp4"):
             layout = formats.bnb4.BnbNF4 if self.kind == "nf4" else formats.bnb4.BnbFP4
             return layout(size, self.double_quant)

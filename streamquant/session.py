@@ -11,8 +11,8 @@ import xxhash
 
 from streamquant import errors
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.journal import Journal, Records, differences, read_records
-from streamquant.checkpoint.writer import Names, PartialFile, find_journals
+from streamquant.checkpoint.journal import Journal, Records, differences, read_records, writing
+from streamquant.checkpoint.writer import Names, PartialFile, find_journals, sync_folder
 from streamquant.plan import HASH_DIGITS, Plan, Unit
 from streamquant.preflight import check_destination, check_disk
 
@@ -43,10 +43,12 @@ class Session:
         self.journal.close()
 
     def discard(self) -> None:
-        """Remove the partial files and the journal: there is nothing in them to go on from."""
+        """Remove the partial files, the shards published so far and the journal: there is nothing in them to go on from."""
         self.close()
-        for file in self.files:
+        for number, file in enumerate(self.files):
             file.partial.unlink(missing_ok=True)
+            if number in self.published:
+                file.final.unlink(missing_ok=True)
         self.names.journal.unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -66,6 +68,8 @@ class Session:
     def publish(self, number: int, replace: bool) -> None:
         """File `number` is complete: put its hashes in place, make it durable, give it its name."""
         self.files[number].write(self.plan.files[number].hash_offset, memoryview(self.file_hashes(number)))
+        # A resume knows a file that has its final name by the hashes in the journal: they must not be lost after it.
+        self.journal.sync()
         self.files[number].publish(replace)
         self.published.add(number)
         self.journal.append({"published": number})
@@ -104,6 +108,8 @@ def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any], note: Cal
     try:
         for planned, file in zip(plan.files, files, strict=True):
             file.create(planned.header)
+        with writing(destination):
+            sync_folder(destination.parent)
     except BaseException:
         session.discard()
         raise
@@ -119,7 +125,9 @@ def _take_up(plan: Plan, journals: list[Names], fingerprint: dict[str, Any], for
         try:
             found = read_records(names.journal).fingerprint
         except errors.ResumeError as error:
-            complaint = complaint or error
+            # Killed before its first line was whole, a run has made no partial file: there is nothing to complain of.
+            if any(names.partial(file.name).exists() for file in plan.files):
+                complaint = complaint or error
             continue
         if changes := differences(found, fingerprint):
             complaint = complaint or errors.ResumeError(
@@ -128,37 +136,50 @@ def _take_up(plan: Plan, journals: list[Names], fingerprint: dict[str, Any], for
             )
             continue
         journal, records = Journal.reopen(names.journal)
+        files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
+        session = Session(plan, names, journal, files, resumed=True, learned=records.learned)
         try:
-            return _restore(plan, names, journal, records, force)
+            _restore(session, records, force)
         except BaseException:
-            journal.close()
+            session.close()
             raise
+        return session
     if complaint:
         raise complaint
     return None
 
 
-def _restore(plan: Plan, names: Names, journal: Journal, records: Records, force: bool) -> Session:
-    files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
-    session = Session(plan, names, journal, files, resumed=True, learned=records.learned)
-    for number, file in enumerate(files):
-        if number in records.published or (not file.partial.exists() and file.final.exists()):
+def _restore(session: Session, records: Records, force: bool) -> None:
+    """Open the files as the interrupted run left them, and take over what the journal says of them."""
+    begun = records.units or records.learned or records.published
+    for number, (planned, file) in enumerate(zip(session.plan.files, session.files, strict=True)):
+        if not begun:
+            # Killed while it was making its files: what there is of them holds nothing yet.
+            file.partial.unlink(missing_ok=True)
+            file.create(planned.header)
+        elif number in records.published or _has_final_name(file):
             _expect_published(session, number, records)
         elif not file.partial.exists():
             raise errors.ResumeError(
-                f"The partial file {printable(str(file.partial), 300)} is gone: delete {printable(names.journal.name)} and "
-                f"convert from the start."
+                f"The partial file {printable(str(file.partial), 300)} is gone: delete {printable(session.names.journal.name)} "
+                f"and convert from the start."
             )
         else:
-            file.reopen()
+            file.reopen(planned.header)
     if not session.published:
-        check_destination(plan, names.destination, force)
+        check_destination(session.plan, session.names.destination, force)
     _check_claims(session, records)
-    return session
+
+
+def _has_final_name(file: PartialFile) -> bool:
+    """Whether the run broke off after it had given a file its final name, or in the middle: it had both names then."""
+    if not file.final.exists():
+        return False
+    return not file.partial.exists() or file.partial.samefile(file.final)
 
 
 def _expect_published(session: Session, number: int, records: Records) -> None:
-    """A file without a partial was renamed just before the run broke off; make sure that it is ours."""
+    """A file was given its final name just before the run broke off; make sure that it is ours."""
     planned, final = session.plan.files[number], session.files[number].final
     members = {unit.index for unit in session.plan.units if _file_of(session.plan, unit) == number}
     ours = final.exists() and final.stat().st_size == planned.size and members <= records.units.keys()
@@ -173,9 +194,12 @@ def _expect_published(session: Session, number: int, records: Records) -> None:
             ours = file.read(len(expected)) == bytes(expected)
     if not ours:
         raise errors.ResumeError(
-            f"{printable(str(final), 300)} is not what the interrupted run wrote: delete {printable(session.names.journal.name)} "
-            f"and convert from the start."
+            f"{printable(str(final), 300)} is not what the interrupted run wrote: delete "
+            f"{printable(session.names.journal.name)} and convert from the start."
         )
+    with writing(final):
+        session.files[number].partial.unlink(missing_ok=True)
+        sync_folder(final.parent)
     session.published.add(number)
 
 

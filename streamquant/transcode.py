@@ -37,8 +37,8 @@ def convert(
     """Convert a checkpoint into one file (or shards) at `destination`.
 
     named: fields of `Options`, which they override. stop: when set, the conversion ends at the next tile with
-    InterruptedRunError. Raises a StreamquantError for everything that can go wrong; after a RunError the partial output
-    is kept for `resume=True`, after any other nothing is left behind.
+    InterruptedRunError. Raises a StreamquantError for everything that can go wrong. What was written is kept for
+    `resume=True`, except after a refusal before the start or a NonFiniteError, which leave nothing behind.
     """
     options = replace(options or Options(), **named)
     observer = observer or Silent()
@@ -65,11 +65,11 @@ def convert(
         pour.run()
         if plan.index_name:
             write_small_file(destination.with_name(plan.index_name), plan.index_json(), session.names.run)
-    except (errors.RunError, KeyboardInterrupt):
-        session.close()
+    except errors.NonFiniteError:
+        session.discard()  # no resume could get past that weight with this recipe
         raise
     except BaseException:
-        session.discard()
+        session.close()
         raise
     session.finish()
     return _report(plan, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)

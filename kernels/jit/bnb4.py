@@ -26,7 +26,8 @@ def _rank(value, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14
 def encode_4bit(flat, block_size, boundaries, pair_codes, ascending_values, packed, absmax, sums):
     """Blocks of `block_size` elements: absmax, then the nearest code-book value of each element / absmax.
 
-    flat [elements]: uint16 (BF16 bits) or float32. boundaries [15] float32, ascending. pair_codes [256] uint8: byte of two ranks -> byte of two codes.
+    flat [elements]: uint16 (BF16 bits) or float32. boundaries [15] float32, ascending.
+    pair_codes [256] uint8: byte of two ranks -> byte of two codes.
     ascending_values [16] float32. packed [ceil(elements / 2)]: uint8, written, first element in the high nibble.
     absmax [ceil(elements / block_size)]: float32, written. sums [2]: float64, added to.
     """

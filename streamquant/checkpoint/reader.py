@@ -156,7 +156,7 @@ def _find_in_folder(folder: Path) -> Path:
 _MAGICS = (
     (b"GGUF", "a GGUF file, which is quantized already: convert from the original safetensors checkpoint"),
     (b"PK\x03\x04", "a PyTorch pickle archive (.pt, .ckpt, .bin), which can run code when loaded: save it as safetensors"),
-    *((bytes([0x80, protocol]), "a pickle, which can run code when loaded: save it as safetensors") for protocol in range(2, 6)),
+    *((bytes([0x80, version]), "a pickle, which can run code when loaded: save it as safetensors") for version in range(2, 6)),
     (b"\x93NUMPY", "a numpy file: save it as safetensors"),
     (b"\x89HDF", "an HDF5 file: save it as safetensors"),
     (b"\x1f\x8b", "a gzip file: unpack it first"),

@@ -62,14 +62,18 @@ class PartialFile:
         self._descriptor = -1
 
     def create(self, header: bytes) -> None:
-        """A new file of the full size, its header in place."""
+        """A new file of the full size, its header in place; it survives a power loss once its folder is synced."""
         with writing(self.partial):
             self._descriptor = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
             self.preallocated = _reserve(self._descriptor, self.size)
             write_at(self._descriptor, memoryview(header), 0)
+            os.fsync(self._descriptor)
 
-    def reopen(self) -> None:
-        """Go on with a file left by an interrupted run. Raises ResumeError when it is not the one planned."""
+    def reopen(self, header: bytes) -> None:
+        """Go on with a file left by an interrupted run, its header put back as planned.
+
+        Raises ResumeError when it is not the file planned.
+        """
         try:
             self._descriptor = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
         except OSError as error:
@@ -82,6 +86,7 @@ class PartialFile:
                 f"The partial file {printable(str(self.partial), 300)} does not have the planned size of {self.size:,} bytes: "
                 f"delete it and its journal, and convert from the start."
             )
+        self.write(0, memoryview(header))
 
     def write(self, offset: int, data: memoryview) -> None:
         with writing(self.partial):
@@ -129,7 +134,7 @@ def rename_new(source: Path, target: Path) -> None:
         # Filesystems without hard links say so, each in its own way; there the check and the rename are two steps.
         if error.errno not in UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}:
             raise
-        if target.exists():
+        if os.path.lexists(target):
             raise errors.OutputExistsError(f"{printable(str(target), 300)} appeared while the conversion ran.") from None
         os.rename(source, target)
     else:

@@ -148,7 +148,7 @@ class NestedEncoder(BlockEncoder):
 
     @property
     def offset(self) -> np.float32:
-        return np.float32(float(Fraction(self.total, self.blocks << 149)))
+        return np.float32(float(Fraction(self.total, max(self.blocks, 1) << 149)))
 
     def observe(self, backend: Any, tile: Any) -> tuple[int, bool]:
         elements, size = tile.shape[0], self.block_size

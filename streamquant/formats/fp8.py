@@ -54,16 +54,15 @@ class Float8TensorWise(Format):
         return Float8Encoder(self.geometry(shape), self.grid)
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
         from streamquant.kernels import fp8
 
         codes, scale = tensors["weight"], tensors["weight_scale"].float()
-        group = self.geometry(tuple(codes.shape)).group or max(codes.numel(), 1)
+        if not codes.numel():
+            return codes.to(dtype)
+        group = self.geometry(tuple(codes.shape)).group or codes.numel()
         if self.mode == "block":
             scale = scale.repeat_interleave(self.group_size, dim=0)
-        decoded = fp8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype)
-        return decoded.view(codes.shape) if codes.numel() else torch.empty(codes.shape, dtype=dtype)
+        return fp8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype).view(codes.shape)
 
     def comfy_quant(self) -> dict[str, Any]:
         return {"format": self.name}

@@ -45,17 +45,16 @@ class Int8TensorWise(Format):
         return Int8Encoder(self.geometry(shape))
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
         from streamquant.kernels import int8
 
         codes, scale = tensors["weight"], tensors["weight_scale"].float()
+        if not codes.numel():
+            return codes.to(dtype)
         geometry = self.geometry(tuple(codes.shape))
-        group = geometry.group or max(codes.numel(), 1)
+        group = geometry.group or codes.numel()
         if geometry.mode == "block":
             scale = scale.repeat_interleave(geometry.block_size, dim=0)
-        decoded = int8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype)
-        return decoded.view(codes.shape) if codes.numel() else torch.empty(codes.shape, dtype=dtype)
+        return int8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype).view(codes.shape)
 
     def comfy_quant(self) -> dict[str, Any]:
         return {"format": self.name, "per_row": True} if self.per_row else {"format": self.name}

@@ -70,7 +70,9 @@ class CastEncoder(Encoder):
             encoded.finite = False
             return encoded
         error = to_float32(cast.view(np.uint8), self.target) - values
-        encoded.sums.add(float(np.dot(error, error)), float(np.dot(values, values)))
+        # In float64, for float32 holds no square of a weight above 2e19 or below 1e-23; einsum widens as it goes along.
+        error_sum, weight_sum = (np.einsum("i,i->", part, part, dtype=np.float64) for part in (error, values))
+        encoded.sums.add(float(error_sum), float(weight_sum))
         return encoded
 
 

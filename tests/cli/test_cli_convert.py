@@ -60,7 +60,8 @@ def test_headline_command(flux2, tmp_path, module, spelling):
         layer = key.removesuffix(".weight")
         if layer in fp8:
             assert converted[key].dtype == torch.float8_e4m3fn
-            assert json.loads(bytes(converted[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"} == metadata[layer]
+            marker = json.loads(bytes(converted[f"{layer}.comfy_quant"].tolist()))
+            assert marker == {"format": "float8_e4m3fn"} == metadata[layer]
             torch.testing.assert_close(
                 converted[key].float() * converted[f"{layer}.weight_scale"], weight.float(), rtol=0.07, atol=1e-3
             )
@@ -243,8 +244,8 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path):
 def test_a_vanished_source_keeps_the_partial(tmp_path):
     source = tmp_path / "big.safetensors"
     generate(source, size_bytes=800_000_000)
-    command = [sys.executable, "-m", "streamquant", "convert", str(source), "--bnb-4bit", "-o", str(tmp_path / "out.safetensors"),
-               "--json"]  # fmt: skip
+    output = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "streamquant", "convert", str(source), "--bnb-4bit", "-o", str(output), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if json.loads(line)["event"] == "progress":
@@ -254,4 +255,4 @@ def test_a_vanished_source_keeps_the_partial(tmp_path):
     assert process.returncode == 6, complaint
     assert "changed while it was being read" in complaint
     assert any(entry.name.endswith(".partial") for entry in tmp_path.iterdir())
-    assert not (tmp_path / "out.safetensors").exists()
+    assert not output.exists()

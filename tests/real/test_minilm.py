@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import streamquant
 from streamquant import FormatChoice, Recipe
 from streamquant.formats import FORMATS
+from streamquant.report import Report
 
 SENTENCES = [
     "The red fox jumped over the sleeping dog.",
@@ -87,7 +88,7 @@ def embed(weights: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tenso
     return torch.nn.functional.normalize(pooled, dim=1)
 
 
-def decoded_weights(path: Path, report: streamquant.transcode.Report) -> dict[str, torch.Tensor]:
+def decoded_weights(path: Path, report: Report, **parameters: bool) -> dict[str, torch.Tensor]:
     """Every source tensor back in float32, quantized ones through their format's own decode."""
     weights = {}
     with safe_open(path, "pt") as file:
@@ -98,7 +99,7 @@ def decoded_weights(path: Path, report: streamquant.transcode.Report) -> dict[st
             if result.format == "copy":
                 weights[result.key] = file.get_tensor(result.key)
             else:
-                weights[result.key] = FORMATS[result.format]().decode(tensors, torch.float32)
+                weights[result.key] = FORMATS[result.format](**parameters).decode(tensors, torch.float32)
     return weights
 
 
@@ -131,11 +132,5 @@ def test_sentence_embeddings_survive(model_folder, encoded, original, tmp_path, 
 def test_double_quantization_costs_little(model_folder, encoded, original, tmp_path):
     recipe = Recipe(base=FormatChoice("nf4", double_quant=True))
     report = streamquant.convert(model_folder / "model.safetensors", tmp_path / "out.safetensors", recipe)
-    weights = {}
-    with safe_open(tmp_path / "out.safetensors", "pt") as file:
-        for result in report.layers:
-            layer = result.key.removesuffix(".weight")
-            tensors = {key.removeprefix(f"{layer}."): file.get_tensor(key) for key in file.keys() if key.startswith(f"{layer}.")}
-            double = FORMATS["bnb_nf4"](double_quant=True)
-            weights[result.key] = file.get_tensor(result.key) if result.format == "copy" else double.decode(tensors, torch.float32)
+    weights = decoded_weights(tmp_path / "out.safetensors", report, double_quant=True)
     assert (embed(weights, *encoded) * original).sum(1).mean() >= 0.96
