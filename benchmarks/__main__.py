@@ -92,7 +92,7 @@ def generate(
     with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("write", total=layout(tensors)[-1].end)
         written = write_checkpoint(output, tensors, seed, sparse, lambda count: progress.advance(task, count))
-    console.print(f"{output}: {len(tensors)} tensors, {written} bytes")
+    console.print(f"{output}: {len(tensors)} tensors, {written} bytes", soft_wrap=True)
 
 
 @main.command()

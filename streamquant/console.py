@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -88,15 +88,20 @@ class Screen:
         if self.as_json:
             self.line("plan", **plan_as_json(plan, tiles, free, destination))
         elif not self.quiet:
-            self.out.print(plan_view(plan, tiles, free, destination))
+            self._print(plan_view(plan, tiles, free, destination))
 
     def show_report(self, report: Report) -> None:
         """The end of a conversion: a table per format, and where the file is."""
         if self.as_json:
             self.line("done", **report.as_json())
         elif not self.quiet:
-            self.out.print(report_view(report))
+            self._print(report_view(report))
 
+
+    def _print(self, parts: list[Table | Text]) -> None:
+        """Tables fit the screen; lines are never cut, so that a path can be copied whole."""
+        for part in parts:
+            self.out.print(part, soft_wrap=isinstance(part, Text))
 
     def show_presets(self, known: Iterable[Preset]) -> None:
         """A table of the architectures."""
@@ -211,7 +216,7 @@ def _memory(budget: int) -> str:
     return f"{anonymous_bytes() // MEBIBYTE} of {budget // MEBIBYTE} MiB"
 
 
-def report_view(report: Report) -> Group:
+def report_view(report: Report) -> list[Table | Text]:
     """The table at the end of a conversion."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("format")
@@ -235,8 +240,8 @@ def report_view(report: Report) -> Group:
     speed = decimal(int(report.source_bytes / max(report.seconds, 1e-9)))
     peak = report.peak_anonymous_bytes // MEBIBYTE
     lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
-    lines += [Text(printable(str(path), 400), style="green", overflow="fold") for path in _few(report.outputs)]
-    return Group(table, *lines)
+    lines += [Text(printable(str(path), 4096), style="green") for path in _few(report.outputs)]
+    return [table, *lines]
 
 
 def _few(paths: list[Path]) -> list[Path]:
@@ -247,7 +252,7 @@ def _ratio(output: int, source: int) -> str:
     return f"{output / source:.1%}" if source else ""
 
 
-def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> Group:
+def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> list[Table | Text]:
     """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule", overflow="fold")
@@ -258,11 +263,11 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> Gro
         read = sum(unit.source.info.nbytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
         table.add_row(Text(rule), becomes, str(len(units)), decimal(read), decimal(written))
-    parts: list[Any] = [*(Text(note) for note in plan.notes), table]
+    parts: list[Table | Text] = [*(Text(note) for note in plan.notes), table]
     fallbacks = fallback_units(plan)
     if fallbacks:
         parts.append(Text(f"\nNot as asked for ({len(fallbacks)}):", style="bold"))
-        parts += [Text(f"  {printable(unit.key)}: {unit.reason}", overflow="fold") for unit in fallbacks[:LISTED]]
+        parts += [Text(f"  {printable(unit.key)}: {unit.reason}") for unit in fallbacks[:LISTED]]
         if len(fallbacks) > LISTED:
             parts.append(Text(f"  and {len(fallbacks) - LISTED} more (--json lists all)"))
     if plan.removed:
@@ -272,9 +277,9 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> Gro
     parts += [
         Text(f"\n{decimal(size)} become {decimal(plan.output_size)} ({_ratio(plan.output_size, size)}){shards}."),
         Text(f"Free disk {decimal(free)}. Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most."),
-        Text(f"Nothing was written. Output would be {printable(str(destination), 400)}", overflow="fold"),
+        Text(f"Nothing was written. Output would be {printable(str(destination), 4096)}"),
     ]
-    return Group(*parts)
+    return parts
 
 
 def fallback_units(plan: Plan) -> list[Unit]:
