@@ -66,7 +66,7 @@ class Compiled:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Calls of launchers by name: every kernel, with every branch that compiles to something else."""
-    from streamquant.kernels.gpu import bnb4, fp8, int8
+    from streamquant.kernels.gpu import bnb4, dequantize, fp8, hadamard, int8, launch
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -103,6 +103,53 @@ def variants() -> dict[str, Callable[[], Any]]:
     calls |= {
         "nf4 blocks of 64 bf16, measured": partial(bnb4.encode, bf16.view(-1), 64, "nf4", True),
         "nf4 blocks of 4096 f32, short last block": partial(bnb4.encode, f32.view(-1)[:-1], 4096, "nf4"),
+    }
+    for codes, name in ((torch.float8_e4m3fn, "fp8 e4m3"), (torch.float8_e5m2, "fp8 e5m2"), (torch.int8, "int8")):
+        layer = empty(codes, ROWS, COLUMNS)
+        calls |= {
+            f"decode {name} rows to bf16": partial(dequantize.decode_groups, layer, row_scales, torch.bfloat16),
+            f"decode {name} blocks of 128 to f16": partial(
+                dequantize.decode_blocks, layer, empty(torch.float32, ROWS // 128, COLUMNS // 128), 128, torch.float16
+            ),
+        }
+    elements = ROWS * COLUMNS
+    packed, book = empty(torch.uint8, elements // 2), empty(torch.float32, 16)
+    absmax = empty(torch.float32, elements // 64)
+    nested = dequantize.Nested(empty(torch.float32, elements // 64 // 256), empty(torch.float32, 256), 256, 0.1)
+    codes = empty(torch.uint8, elements // 64)
+    calls |= {
+        "decode nf4 to bf16": partial(dequantize.decode_4bit, packed, absmax, 64, book, elements, torch.bfloat16),
+        "decode nf4 to f32": partial(dequantize.decode_4bit, packed, absmax, 64, book, elements, torch.float32),
+        "decode nf4 double-quantized to f16": partial(
+            dequantize.decode_4bit, packed, codes, 64, book, elements, torch.float16, nested
+        ),
+    }
+    odd = empty(torch.bfloat16, ROWS - 1, COLUMNS - 1)
+    longest = empty(torch.float32, ROWS, launch.RESIDENT_ELEMENTS)
+    calls |= {
+        "int8 rows bf16, fused, odd, measured": partial(int8.encode_rows, odd, measure=True),
+        "fp8 e4m3 rows bf16, fused, odd, resident, measured": partial(
+            fp8.encode_rows, odd[:, :4095].contiguous(), "e4m3", True
+        ),
+        "fp8 e4m3 rows f32, fused, longest resident, measured": partial(fp8.encode_rows, longest, "e4m3", True),
+        "int8 rows f32, fused, longest resident, measured": partial(int8.encode_rows, longest, measure=True),
+        "int8 blocks of 100 f32, fused, measured": partial(
+            int8.encode_blocks, empty(torch.float32, 6100, 36800), 100, measure=True
+        ),
+        "fp8 e4m3 odd tensor bf16": partial(fp8.encode, odd.view(1, -1), one, "e4m3"),
+        "decode int8 odd rows to bf16": partial(
+            dequantize.decode_groups, empty(torch.int8, 101, 4095), empty(torch.float32, 101), torch.bfloat16
+        ),
+    }
+    calls |= {
+        "rotate groups of 256 bf16": partial(hadamard.rotate, bf16, 256),
+        "rotate groups of 64 f32": partial(hadamard.rotate, f32, 64),
+        "rotated int8 rows, groups of 256 bf16": partial(hadamard.encode_rows, narrow, 256, measure=True),
+        "rotated int8 rows, groups of 256 bf16, wide": partial(hadamard.encode_rows, bf16, 256),
+        "rotated int8 rows, groups of 256 f32, longest resident, measured": partial(
+            hadamard.encode_rows, longest[:, : launch.RESIDENT_ELEMENTS // 2].contiguous(), 256, measure=True
+        ),
+        "rotated int8 rows, groups of 64 bf16": partial(hadamard.encode_rows, narrow[:, :3072].contiguous(), 64),
     }
     return calls
 

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from rich.console import Console
-from streamquant.kernels import JitBackend, TorchBackend, why_no_jit
 
 from benchmarks import results
 from benchmarks.machine import installed
 from benchmarks.race import shout
 from benchmarks.results import Result
 from streamquant.formats import Format, bnb4, fp8, int8
+from streamquant.kernels import JitBackend, TorchBackend, why_no_jit
 
 BENCHMARK = "kernels"
 TILE_ELEMENTS = 1 << 22  # what a conversion hands to a worker at a time

@@ -14,7 +14,9 @@ JSON: {"double_blocks\\.0\\.": {"format": "int8", "scaling_mode": "row"}, "final
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -58,17 +60,26 @@ def read_layer_config(path: str | Path) -> tuple[tuple[str, FormatChoice], ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LayerConfigError(f"Cannot read the layer config {path}: {error}.") from None
     try:
-        table = msgspec.json.decode(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        table = json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
         raise LayerConfigError(f"The layer config {path} is not valid {kind}: {error}.") from None
     if not isinstance(table, dict) or not table:
         raise LayerConfigError(f"The layer config {path} must be a table from regular expression to format.")
     return tuple((pattern, _choice(path, pattern, value)) for pattern, value in table.items())
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict, which would silently keep the last of two entries; in TOML two are an error too."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has {twice!r} twice")
+    return table
 
 
 def _choice(path: Path, pattern: str, value: object) -> FormatChoice:

@@ -149,15 +149,16 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
             removed[tensor.name] = reason
         else:
             units.append(_make_unit(len(units), tensor, rules))
-    _complain_about_unmatched(rules, checkpoint)
-    if not any(unit.quantized for unit in units) and recipe.cast is None:
+    _complain_about_unmatched(rules, checkpoint, removed)
+    if all(isinstance(unit.format, Copy) for unit in units):
         raise errors.NothingToConvertError(_nothing_sentence(checkpoint, units))
     _refuse_name_clashes(units)
     groups = _shard_groups(units, shard_size)
     names = _file_names(name, len(groups))
     files, placement = [], {}
+    inherited = _listed_layers(checkpoint)
     for number, (file_name, members) in enumerate(zip(names, groups, strict=True)):
-        file = _plan_file(file_name, members, checkpoint, recipe)
+        file = _plan_file(file_name, members, checkpoint, recipe, inherited)
         files.append(file)
         placement |= {tensor.name: (number, len(file.header) + tensor.start, tensor.nbytes) for tensor in file.tensors}
     index_name = f"{name.removesuffix('.safetensors')}.safetensors.index.json" if len(groups) > 1 else None
@@ -231,11 +232,16 @@ def _belongs_to_quantized(key: str) -> bool:
     return key.rsplit(".", 1)[-1] in _SCALE_SUFFIXES
 
 
-def _complain_about_unmatched(rules: Rules, checkpoint: Checkpoint) -> None:
+def _complain_about_unmatched(rules: Rules, checkpoint: Checkpoint, removed: dict[str, str]) -> None:
     for pattern, count in rules.matches.items():
         if count:
             continue
         touched = [key for key in checkpoint.tensors if pattern.finds(key.removesuffix(".weight"), key)]
+        if touched and touched[0] in removed:
+            raise errors.PatternError(
+                f"{pattern.origin} {pattern.text!r} finds only tensors that {removed[touched[0]]} leaves out, such as "
+                f"{printable(touched[0])!r}."
+            )
         if touched:
             raise errors.PatternError(
                 f"{pattern.origin} {pattern.text!r} finds only tensors that cannot be quantized, such as "
@@ -298,13 +304,16 @@ def _file_names(name: str, count: int) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _plan_file(name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe) -> PlannedFile:
+def _plan_file(
+    name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe, inherited: dict[str, Any]
+) -> PlannedFile:
     tensors = layout(
         (unit.output_name(output), output.dtype, output.shape) for unit in units for output in unit.outputs
     )
     metadata = dict(checkpoint.metadata)
     metadata.setdefault("format", "pt")
-    if layers := _quantization_layers(units, checkpoint):
+    metadata.pop(QUANTIZATION_KEY, None)  # the source's may list layers of other shards, or that are left out
+    if layers := _quantization_layers(units, inherited):
         metadata[QUANTIZATION_KEY] = json.dumps({"format_version": "1.0", "layers": layers})
     provenance = {
         "tool": "streamquant",
@@ -321,20 +330,31 @@ def _plan_file(name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Rec
     return PlannedFile(name, header, tuple(tensors), header.index(marker) + len(marker))
 
 
-def _quantization_layers(units: list[Unit], checkpoint: Checkpoint) -> dict[str, Any]:
+def _quantization_layers(units: list[Unit], inherited: dict[str, Any]) -> dict[str, Any]:
     """The header's list of ComfyUI-quantized layers: ours, and those the source had and keeps."""
     layers: dict[str, Any] = {}
-    try:
-        inherited = json.loads(checkpoint.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
-    except (ValueError, AttributeError, RecursionError):
-        raise errors.MetadataError(
-            f"{printable(str(checkpoint.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON it should be."
-        ) from None
     for unit in units:
         if unit.quantized and unit.format.in_quantization_metadata():
             layers[unit.layer] = unit.format.comfy_quant()
         elif unit.layer in inherited and unit.key.endswith(".weight"):
             layers[unit.layer] = inherited[unit.layer]
+    return layers
+
+
+def _listed_layers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ComfyUI-quantized layers that the headers of the source list."""
+    layers: dict[str, Any] = {}
+    for file in checkpoint.files:
+        try:
+            listed = json.loads(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
+        except (ValueError, AttributeError, RecursionError):
+            listed = None
+        if not isinstance(listed, dict):
+            raise errors.MetadataError(
+                f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should "
+                f"be: mend or remove it."
+            )
+        layers |= listed
     return layers
 
 

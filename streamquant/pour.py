@@ -45,14 +45,19 @@ class Work:
         self.hashers = [xxhash.xxh3_64() for _ in self.streamed]
         self.sums = ErrorSums()
         self.begin = 0
-        self.learned = self.encoder.passes == 1
+        self.observes = self.encoder.passes == 2  # whether a first pass is part of this run
+        self.learned = not self.observes
+
+    def skip_first_pass(self, state: Any) -> None:
+        """Take over what an interrupted run learned in its first pass."""
+        self.encoder.restore(state)
+        self.observes, self.learned = False, True
 
     def take_up(self, record: dict[str, Any], session: Session) -> None:
         """Go on where an interrupted run stopped in the middle of this unit."""
         self.begin = record["end"]
-        self.encoder.restore(record["state"])
+        self.skip_first_pass(record["state"])
         self.sums = ErrorSums(*record["sums"])
-        self.learned = True
         self.hashers = list(prefix_hashers(session, self.unit, self.streamed, self.begin))
 
 
@@ -100,10 +105,12 @@ class Pour:
             self._publish_complete()
 
     def _ranges(self, todo: list[Unit]) -> list[tuple[int, int, int]]:
+        """(descriptor, offset, bytes) of what will be read, in order."""
         ranges = []
         for unit in todo:
             start = self.plan.checkpoint.files[unit.source.file].header.data_start + unit.source.info.start
-            ranges.append((self.reader.descriptor(unit.source.file), start, unit.source.info.nbytes))
+            done = self.session.begun[unit.index]["end"] * unit.element_bytes if unit.index in self.session.begun else 0
+            ranges.append((self.reader.descriptor(unit.source.file), start + done, unit.source.info.nbytes - done))
         return ranges
 
     def _schedule(self, todo: list[Unit]) -> Iterator[tuple[Work, bool]]:
@@ -114,10 +121,9 @@ class Pour:
             if record := self.session.begun.get(unit.index):
                 work.take_up(record, self.session)
                 self.observer.progress(unit, work.begin * unit.element_bytes)
-            elif not work.learned and unit.index in self.session.learned:
-                work.encoder.restore(self.session.learned[unit.index])
-                work.learned = True
-            if not work.learned:
+            elif work.observes and unit.index in self.session.learned:
+                work.skip_first_pass(self.session.learned[unit.index])
+            if work.observes:
                 yield work, True
             if waiting is not None:
                 yield waiting, False
@@ -226,7 +232,7 @@ class Pour:
             self._unsynced += payload.nbytes
         work.encoder.commit(encoded)
         work.sums.add(encoded.sums.error, encoded.sums.weight)
-        if work.encoder.passes == 1:
+        if not work.observes:
             self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
         if tile.end < unit.elements:
             self.session.journal.append(

@@ -85,11 +85,14 @@ def open_session(
     """
     journals = find_journals(destination)
     if resume:
-        if session := _take_up(plan, journals, fingerprint, force):
+        session, complaint = _take_up(plan, journals, fingerprint, force)
+        if session:
             note("Resuming: what the interrupted run wrote is intact up to where it goes on.")
             return session
         if is_complete(plan, destination):
             return None
+        if complaint:
+            raise complaint
         note("There is nothing to resume: starting from the beginning.")
     elif journals:
         note(
@@ -118,8 +121,10 @@ def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any], note: Cal
     return session
 
 
-def _take_up(plan: Plan, journals: list[Names], fingerprint: dict[str, Any], force: bool) -> Session | None:
-    """The newest interrupted run with this fingerprint, checked; None when no run was interrupted."""
+def _take_up(
+    plan: Plan, journals: list[Names], fingerprint: dict[str, Any], force: bool
+) -> tuple[Session | None, errors.ResumeError | None]:
+    """The newest interrupted run with this fingerprint, checked; where there is none, why the newest other one is not it."""
     complaint: errors.ResumeError | None = None
     for names in journals:
         try:
@@ -143,10 +148,8 @@ def _take_up(plan: Plan, journals: list[Names], fingerprint: dict[str, Any], for
         except BaseException:
             session.close()
             raise
-        return session
-    if complaint:
-        raise complaint
-    return None
+        return session, None
+    return None, complaint
 
 
 def _restore(session: Session, records: Records, force: bool) -> None:
@@ -243,10 +246,13 @@ def prefix_hashers(session: Session, unit: Unit, outputs: list, end: int | None)
 
 
 def is_complete(plan: Plan, destination: Path) -> bool:
-    """Whether the planned output exists already, complete: same size, and the same header but for the hashes."""
+    """Whether the planned output exists already, complete: same size, the same header but for the hashes, no older than
+    the source (whose weights may have changed under the same header).
+    """
+    newest = max(file.mtime_ns for file in plan.checkpoint.files)
     for planned in plan.files:
-        final = destination.with_name(planned.name)
-        if not final.is_file() or final.stat().st_size != planned.size:
+        final = destination.parent / planned.name
+        if not final.is_file() or final.stat().st_size != planned.size or final.stat().st_mtime_ns < newest:
             return False
         with open(final, "rb") as file:
             header = bytearray(file.read(len(planned.header)))

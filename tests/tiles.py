@@ -12,7 +12,7 @@ from streamquant.kernels import JitBackend, TorchBackend
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 JIT, TORCH = JitBackend(), TorchBackend()
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=150, deadline=None)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytearray:
@@ -70,7 +70,8 @@ def _ties(rng, elements):
 
 def _subnormal(rng, elements):
     """Only float32 subnormals (in F16 they are zeros)."""
-    return (rng.integers(0, 1 << 23, elements) | (rng.integers(0, 2, elements) << 31)).astype(np.uint32).view(np.float32)
+    mantissas, signs = rng.integers(0, 1 << 23, elements), rng.integers(0, 2, elements)
+    return (mantissas | (signs << 31)).astype(np.uint32).view(np.float32)
 
 
 def _constant(rng, elements):
@@ -93,6 +94,12 @@ dtypes = st.sampled_from(sorted(TORCH_DTYPES))
 seeds = st.integers(0, 1 << 20)
 # Sizes about the vector widths, the spans of the compiled loops (4096) and everything odd.
 group_sizes = st.one_of(st.integers(1, 70), st.sampled_from([127, 255, 1000, 4095, 4096, 4097, 8191, 8200]))
+
+
+def with_neighbours(points: np.ndarray) -> np.ndarray:
+    """float32 `points`, and after them the next float32 above and the next below each."""
+    points = points.astype(np.float32)
+    return np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(-np.inf))])
 
 
 def all_bf16() -> torch.Tensor:

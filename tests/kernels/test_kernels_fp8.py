@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiles import JIT, QUICK, TORCH, all_bf16, dtypes, group_sizes, kinds, loads, seeds, weights
+from tiles import JIT, QUICK, TORCH, all_bf16, dtypes, group_sizes, kinds, loads, seeds, weights, with_neighbours
 
 from streamquant.kernels import ErrorSums
 
@@ -54,8 +54,7 @@ def test_every_decision_boundary_and_its_neighbours(grid):
     assert values[-1] == largest
     above = 2 * values[-1] - values[-2]  # what the next value would be: its midpoint and all beyond saturate
     points = np.concatenate([values, (values[:-1] + values[1:]) / 2, [(largest + above) / 2, above, 1e30]])
-    points = points.astype(np.float32)
-    points = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(-np.inf))])
+    points = with_neighbours(points)
     points = np.concatenate([points, -points, [np.inf, -np.inf]]).astype(np.float32)
     codes = check(torch.from_numpy(points), np.ones(1, np.float32), grid)
 

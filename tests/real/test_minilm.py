@@ -64,10 +64,10 @@ def original(model_folder: Path, encoded) -> torch.Tensor:
 
 def embed(weights: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Normalised sentence embeddings [sentences, 384] of a BERT encoder with mean pooling."""
-    norm = lambda x, name: torch.nn.functional.layer_norm(  # noqa: E731
+    norm = lambda x, name: torch.nn.functional.layer_norm(
         x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-12
     )
-    linear = lambda x, name: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
+    linear = lambda x, name: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
     positions = torch.arange(ids.shape[1])
     hidden = weights["embeddings.word_embeddings.weight"][ids] + weights["embeddings.position_embeddings.weight"][positions]
     hidden = norm(hidden + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
