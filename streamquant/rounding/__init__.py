@@ -1,0 +1,9 @@
+"""Learned rounding: scales of least error, and codes that make the layer's output right rather than its weight.
+
+The arithmetic is in `streamquant.kernels` (`feedback`, `refine`, `jit.refine`); what is known of inputs comes from
+`streamquant.calibration`. Neither torch nor numba is imported here.
+"""
+
+from .hessian import LayerHessian
+
+__all__ = ["LayerHessian"]
