@@ -194,9 +194,7 @@ def compile_for(launch: Launch, variant: str, architecture: int) -> Compiled:
     registers, stack = _resources(compiled.asm["cubin"])
     name = launch.kernel.__name__
     shared = compiled.metadata.shared
-    return Compiled(
-        name, variant, f"sm_{architecture}", launch.num_warps, registers, stack, shared, triton.__version__
-    )
+    return Compiled(name, variant, f"sm_{architecture}", launch.num_warps, registers, stack, shared, triton.__version__)
 
 
 def _type_of(argument: Any) -> tuple[str, bool]:
