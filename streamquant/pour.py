@@ -31,7 +31,7 @@ from streamquant.plan import Plan, Unit
 from streamquant.prefetch import Prefetcher
 from streamquant.session import Session, prefix_hashers
 
-SYNC_BYTES = 256 << 20  # how much may be written before it is made durable; costs nothing, the disk is busy anyway
+SYNC_BYTES = 128 << 20  # how much may be written before it is made durable; costs nothing, the disk is busy anyway
 FILL_CHUNK = 1 << 20
 
 
@@ -75,9 +75,10 @@ class Tile:
 class Pour:
     """One run of the loop over all units that are not done yet."""
 
-    def __init__(self, plan: Plan, session: Session, options: Options, device: str, tiles: TileSizes, observer: Observer,
-                 stop: threading.Event):  # fmt: skip
+    def __init__(self, plan: Plan, session: Session, reader: TileReader, prefetcher: Prefetcher, options: Options,
+                 device: str, tiles: TileSizes, observer: Observer, stop: threading.Event):  # fmt: skip
         self.plan, self.session, self.options, self.device = plan, session, options, device
+        self.reader, self.prefetcher = reader, prefetcher
         self.tiles, self.observer, self.stop = tiles, observer, stop
         self.peak = anonymous_bytes()
         self._local = threading.local()
@@ -90,9 +91,9 @@ class Pour:
         todo = [unit for unit in self.plan.units if unit.index not in self.session.done]
         done_bytes = sum(self.plan.units[index].source.info.nbytes for index in self.session.done)
         self.observer.started(self.plan, self.tiles, done_bytes)
+        begun_bytes = sum(record["end"] * self.plan.units[index].element_bytes for index, record in self.session.begun.items())
+        self.prefetcher.advance(done_bytes + begun_bytes)
         with contextlib.ExitStack() as stack:
-            self.reader = stack.enter_context(TileReader(self.plan.checkpoint, self.options.effective_io))
-            self.prefetcher = stack.enter_context(Prefetcher(self._ranges(todo)))
             self.pool = ThreadPoolExecutor(self.options.effective_threads, "tile")
             stack.callback(self.pool.shutdown, wait=True, cancel_futures=True)
             self.syncer = ThreadPoolExecutor(1, "sync")
@@ -103,15 +104,6 @@ class Pour:
             while self._in_flight:
                 self._commit_next()
             self._publish_complete()
-
-    def _ranges(self, todo: list[Unit]) -> list[tuple[int, int, int]]:
-        """(descriptor, offset, bytes) of what will be read, in order."""
-        ranges = []
-        for unit in todo:
-            start = self.plan.checkpoint.files[unit.source.file].header.data_start + unit.source.info.start
-            done = self.session.begun[unit.index]["end"] * unit.element_bytes if unit.index in self.session.begun else 0
-            ranges.append((self.reader.descriptor(unit.source.file), start + done, unit.source.info.nbytes - done))
-        return ranges
 
     def _schedule(self, todo: list[Unit]) -> Iterator[tuple[Work, bool]]:
         """(work, whether to observe it): first passes one unit ahead of the encoding."""

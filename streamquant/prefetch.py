@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-DISTANCE = 512 << 20  # page cache, not memory of ours: the system takes it back whenever it likes
+DISTANCE = 1 << 30  # page cache, not memory of ours: the system takes it back whenever it likes
 STEP = 512 << 10  # one request; systems cut longer ones silently to what the disk takes at once
 
 
@@ -51,8 +51,11 @@ class Prefetcher:
                         self._condition.wait()
                     if self._stopped:
                         return
+                    behind = requested + count <= self._consumed  # done by an earlier run
+                requested += count
+                if behind:
+                    continue
                 try:
                     os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
                 except OSError:
                     return  # reading ahead is a courtesy; the read itself reports what is wrong
-                requested += count

@@ -109,16 +109,25 @@ def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any], note: Cal
     files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
     session = Session(plan, names, Journal.create(names.journal, fingerprint), files)
     try:
-        for planned, file in zip(plan.files, files, strict=True):
-            file.create(planned.header)
-        with writing(destination):
-            sync_folder(destination.parent)
+        _create_files(session)
     except BaseException:
         session.discard()
         raise
     if not all(file.preallocated for file in files):
         note("This filesystem cannot reserve space: a full disk will show only when it is full (and --resume goes on).")
     return session
+
+
+def _create_files(session: Session) -> None:
+    """Make the partial files. The journal's name is made safe before theirs: nothing else would lead to them."""
+    folder = session.names.destination.parent
+    with writing(session.names.journal):
+        sync_folder(folder)
+    for planned, file in zip(session.plan.files, session.files, strict=True):
+        file.partial.unlink(missing_ok=True)
+        file.create(planned.header)
+    with writing(session.names.destination):
+        sync_folder(folder)
 
 
 def _take_up(
@@ -154,13 +163,13 @@ def _take_up(
 
 def _restore(session: Session, records: Records, force: bool) -> None:
     """Open the files as the interrupted run left them, and take over what the journal says of them."""
-    begun = records.units or records.learned or records.published
+    if not (records.units or records.learned or records.published):
+        # Killed while it was making its files: what there is of them holds nothing yet.
+        check_destination(session.plan, session.names.destination, force)
+        _create_files(session)
+        return
     for number, (planned, file) in enumerate(zip(session.plan.files, session.files, strict=True)):
-        if not begun:
-            # Killed while it was making its files: what there is of them holds nothing yet.
-            file.partial.unlink(missing_ok=True)
-            file.create(planned.header)
-        elif number in records.published or _has_final_name(file):
+        if number in records.published or _has_final_name(file):
             _expect_published(session, number, records)
         elif not file.partial.exists():
             raise errors.ResumeError(

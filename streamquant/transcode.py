@@ -11,13 +11,14 @@ from typing import Any
 
 from streamquant import errors
 from streamquant.budget import TileSizes, anonymous_bytes, tile_sizes
-from streamquant.checkpoint.reader import Checkpoint, open_checkpoint
+from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
 from streamquant.checkpoint.writer import write_small_file
 from streamquant.kernels import why_no_jit
 from streamquant.options import Observer, Options, Silent
 from streamquant.plan import Plan
 from streamquant.plan import plan as make_plan
 from streamquant.pour import Pour
+from streamquant.prefetch import Prefetcher
 from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.recipe import Recipe
 from streamquant.report import LayerResult, Report
@@ -46,33 +47,47 @@ def convert(
     started = time.monotonic()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     plan = make_plan(checkpoint, recipe, name=destination.name, shard_size=options.shard_size)
-    device = resolve_device(options.device)
-    tiles = plan_tiles(plan, options, device)
-    for note in plan.notes:
-        observer.note(note)
-    fingerprint = plan.fingerprint() | {"device": device_class(device)}
-    session = open_session(
-        plan, destination, fingerprint, resume=options.resume, force=options.force, note=observer.note
-    )
-    outputs = [destination.with_name(file.name) for file in plan.files]
-    if plan.index_name:
-        outputs.append(destination.with_name(plan.index_name))
-    if session is None:
-        observer.note("The output is complete already: nothing to do.")
-        return _report(plan, outputs, {}, time.monotonic() - started, True, anonymous_bytes())
-    pour = Pour(plan, session, options, device, tiles, observer, stop or threading.Event())
-    try:
-        pour.run()
+    # Reading ahead begins here: the disk then works while the kernels are still being loaded.
+    with (
+        TileReader(checkpoint, options.effective_io) as reader,
+        Prefetcher(_source_ranges(plan, reader)) as prefetcher,
+    ):
+        device = resolve_device(options.device)
+        tiles = plan_tiles(plan, options, device)
+        for note in plan.notes:
+            observer.note(note)
+        fingerprint = plan.fingerprint() | {"device": device_class(device)}
+        session = open_session(
+            plan, destination, fingerprint, resume=options.resume, force=options.force, note=observer.note
+        )
+        outputs = [destination.with_name(file.name) for file in plan.files]
         if plan.index_name:
-            write_small_file(destination.with_name(plan.index_name), plan.index_json(), session.names.run)
-    except errors.NonFiniteError:
-        session.discard()  # no resume could get past that weight with this recipe
-        raise
-    except BaseException:
-        session.close()
-        raise
-    session.finish()
+            outputs.append(destination.with_name(plan.index_name))
+        if session is None:
+            observer.note("The output is complete already: nothing to do.")
+            return _report(plan, outputs, {}, time.monotonic() - started, True, anonymous_bytes())
+        pour = Pour(plan, session, reader, prefetcher, options, device, tiles, observer, stop or threading.Event())
+        try:
+            pour.run()
+            if plan.index_name:
+                write_small_file(destination.with_name(plan.index_name), plan.index_json(), session.names.run)
+        except errors.NonFiniteError:
+            session.discard()  # no resume could get past that weight with this recipe
+            raise
+        except BaseException:
+            session.close()
+            raise
+        session.finish()
     return _report(plan, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)
+
+
+def _source_ranges(plan: Plan, reader: TileReader) -> list[tuple[int, int, int]]:
+    """(descriptor, offset, bytes) of every unit's source, in the order in which they are read."""
+    ranges = []
+    for unit in plan.units:
+        start = plan.checkpoint.files[unit.source.file].header.data_start + unit.source.info.start
+        ranges.append((reader.descriptor(unit.source.file), start, unit.source.info.nbytes))
+    return ranges
 
 
 def dry_run(

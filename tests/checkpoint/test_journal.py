@@ -50,7 +50,9 @@ def expected(lines: list[dict]) -> Records:
         elif "published" in line:
             records.published.add(line["published"])
         for unit, last in records.units.items():
-            claims = [at for at, claim in enumerate(lines[:number], 1) if claim.get("unit") == unit and "learned" not in claim]
+            claims = [
+                at for at, claim in enumerate(lines[:number], 1) if claim.get("unit") == unit and "learned" not in claim
+            ]
             synced = max((durable["durable"] for durable in lines[:number] if "durable" in durable), default=0)
             (records.durable.add if "hashes" in last and claims[-1] < synced else records.durable.discard)(unit)
     return records

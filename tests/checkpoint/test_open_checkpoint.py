@@ -100,7 +100,9 @@ def test_folder_with_several_checkpoints_names_them(tmp_path):
     assert "one.safetensors" in message and "two.safetensors" in message
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "absent.safetensors.index.json", "x" * 300, "nul\0.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["absent.safetensors", "absent.safetensors.index.json", "x" * 300, "nul\0.safetensors"]
+)
 def test_nothing_there(tmp_path, name):
     message = refusal(tmp_path / name, errors.SourceMissingError)
     assert message.isprintable()

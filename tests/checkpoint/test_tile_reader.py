@@ -183,7 +183,9 @@ def readable(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tag", [*NUMPY, "I8", "U16", "I64", "BF16", "F8_E4M3", "F8_E8M0", "C64"])
-@pytest.mark.parametrize("rows", [(0, None), (1, 3), (4, 5), (0, 0), (3, 99), (5, 5), (7, 9), (-2, None), (2, -1), (3, 1)])
+@pytest.mark.parametrize(
+    "rows", [(0, None), (1, 3), (4, 5), (0, 0), (3, 99), (5, 5), (7, 9), (-2, None), (2, -1), (3, 1)]
+)
 def test_rows_are_those_of_a_slice(readable, tag, rows):
     tensors, checkpoint = readable
     whole = torch.frombuffer(bytearray(tensors[tag].data), dtype=torch_dtype(tag)).view(5, 3)
@@ -216,4 +218,4 @@ def test_every_tag_is_a_torch_dtype_of_that_size_or_an_error():
 def test_reading_leaves_no_thread_and_no_descriptor(readable):
     before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
     readable[1].read("F32")
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert threading.active_count() <= before[0] and len(os.listdir("/proc/self/fd")) <= before[1]

@@ -180,7 +180,8 @@ def test_journals_are_found_newest_first_and_no_other_file_is(tmp_path):
         names = Names(destination, run)
         names.journal.touch()
         os.utime(names.journal, (age, age))
-    for stranger in (".out.safetensors.0123.journal", ".out.safetensors.0000000G.journal", "out.safetensors.00000003.journal",
+    for stranger in (".out.safetensors.0123.journal", ".out.safetensors.0000000G.journal",
+                     "out.safetensors.00000003.journal",
                      ".out.safetensors.00000004.partial", ".out.safetensors.x.00000005.journal",
                      ".other.safetensors.00000006.journal"):  # fmt: skip
         (tmp_path / stranger).touch()

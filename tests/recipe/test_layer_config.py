@@ -100,7 +100,9 @@ def test_what_is_wrong_is_named(tmp_path, name, text, told):
     assert message.endswith(".") and not message.endswith("..") and "\n" not in message
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b"\xff\xfe\0")])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_bytes(b"\xff\xfe\0")]
+)
 def test_what_cannot_be_read(tmp_path, make):
     make(tmp_path / "c.toml")
     with pytest.raises(LayerConfigError, match="Cannot read the layer config"):

@@ -12,7 +12,14 @@ from streamquant.errors import UsageError
 from streamquant.plan import Unit
 
 FLUX2 = "double_stream_modulation_img.lin"
-LAYERS = [FLUX2, "img_in", "final_layer.linear", "single_blocks.0.linear1", "single_blocks.1.linear1", "double_blocks.0.img_mlp.0"]
+LAYERS = [
+    FLUX2,
+    "img_in",
+    "final_layer.linear",
+    "single_blocks.0.linear1",
+    "single_blocks.1.linear1",
+    "double_blocks.0.img_mlp.0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +58,17 @@ def test_custom_layers_override_the_preset(source):
 
 def test_excluded_layers_stay(source):
     units = decided(source, exclude_layers=r"single_blocks\.1")
-    assert (units["single_blocks.1.linear1"].format.name, units["single_blocks.1.linear1"].reason) == ("copy", "excluded")
+    assert (units["single_blocks.1.linear1"].format.name, units["single_blocks.1.linear1"].reason) == (
+        "copy",
+        "excluded",
+    )
     assert units["single_blocks.0.linear1"].quantized
 
 
 def test_custom_overrides_exclude(source):
-    found = formats(source, exclude_layers="single_blocks", custom_layers=r"single_blocks\.1", custom=FormatChoice("int8"))
+    found = formats(
+        source, exclude_layers="single_blocks", custom_layers=r"single_blocks\.1", custom=FormatChoice("int8")
+    )
     assert found["single_blocks.0.linear1"] == "copy" and found["single_blocks.1.linear1"] == "int8_tensorwise"
 
 
@@ -67,7 +79,11 @@ def test_the_layer_config_overrides_all(source):
         ("img_in", FormatChoice("int8")),
     )
     units = decided(
-        source, layer_config=config, custom_layers="blocks|img_in", custom=FormatChoice("fp8", "row"), exclude_layers=r"blocks\.1"
+        source,
+        layer_config=config,
+        custom_layers="blocks|img_in",
+        custom=FormatChoice("fp8", "row"),
+        exclude_layers=r"blocks\.1",
     )
     assert {layer: unit.format.name for layer, unit in units.items() if layer in LAYERS} == {
         "single_blocks.0.linear1": "copy", "single_blocks.1.linear1": "bnb_fp4", "img_in": "int8_tensorwise",
@@ -82,12 +98,19 @@ choices = st.sampled_from([FormatChoice("fp8"), FormatChoice("int8"), FormatChoi
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(patterns.filter(bool), choices), max_size=3), patterns, patterns, st.sampled_from([("auto",), ("none",)]))
+@given(
+    st.lists(st.tuples(patterns.filter(bool), choices), max_size=3),
+    patterns,
+    patterns,
+    st.sampled_from([("auto",), ("none",)]),
+)
 def test_precedence_as_a_law(source, config, custom, exclude, preset):
     """The decision, spelled out as the rule of the first that speaks."""
     import re
 
-    recipe = Recipe(FormatChoice("fp4"), custom, FormatChoice("fp8_e5m2") if custom else None, exclude, tuple(config), preset)
+    recipe = Recipe(
+        FormatChoice("fp4"), custom, FormatChoice("fp8_e5m2") if custom else None, exclude, tuple(config), preset
+    )
     for unit in plan(source, Recipe(**{**vars(recipe), "cast": "BF16"})).units:
         if unit.layer not in LAYERS:
             continue
@@ -146,9 +169,11 @@ def test_block2d_is_block():
 def test_a_recipe_describes_all_that_decides(source):
     """Two recipes that differ anywhere must differ in what provenance records and a resume compares."""
     different = [
-        Recipe(), Recipe(FormatChoice("fp8", "row")), Recipe(FormatChoice("fp8", "block")), Recipe(FormatChoice("fp8", "block", 64)),
+        Recipe(), Recipe(FormatChoice("fp8", "row")), Recipe(FormatChoice("fp8", "block")),
+        Recipe(FormatChoice("fp8", "block", 64)),
         Recipe(FormatChoice("fp8", "block3d")), Recipe(FormatChoice("int8")), Recipe(FormatChoice("int8", "tensor")),
-        Recipe(FormatChoice("nf4")), Recipe(FormatChoice("nf4", block_size=32)), Recipe(FormatChoice("nf4", double_quant=True)),
+        Recipe(FormatChoice("nf4")), Recipe(FormatChoice("nf4", block_size=32)),
+        Recipe(FormatChoice("nf4", double_quant=True)),
         Recipe(FormatChoice("nf4", heur=True)), Recipe(FormatChoice("keep")), Recipe(exclude_layers="a"),
         Recipe(custom_layers="a", custom=FormatChoice("fp8")), Recipe(custom_layers="a", custom=FormatChoice("fp4")),
         Recipe(layer_config=(("a", FormatChoice("fp8")),)), Recipe(layer_config=(("a", FormatChoice("keep")),)),

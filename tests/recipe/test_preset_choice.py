@@ -1,4 +1,4 @@
-"""How presets are chosen and applied: by name, by flag, by the keys, behind any prefix; the data has tests of its own."""
+"""How presets are chosen and applied: by name, by flag, by the keys, behind any prefix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def test_presets_apply_behind_every_prefix(prefix):
 
 def test_a_prefix_must_be_that_of_most_keys():
     assert presets.find_prefix(["model.diffusion_model.a", "vae.b", "te.c"]) == ""
-    assert presets.find_prefix(["model.diffusion_model.a", "model.diffusion_model.b", "te.c"]) == "model.diffusion_model."
+    assert (
+        presets.find_prefix(["model.diffusion_model.a", "model.diffusion_model.b", "te.c"]) == "model.diffusion_model."
+    )
     assert presets.find_prefix([]) == ""
 
 

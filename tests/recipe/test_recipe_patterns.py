@@ -17,7 +17,12 @@ CUSTOM = FormatChoice("int8")
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     tensors = {f"blocks.{n}.qkv.weight": floats(8, 8) for n in range(5)}
-    tensors |= {"norm.weight": floats(8), "conv.weight": floats(2, 2, 2, 2), "ids": noise("I64", 4), "q.weight": noise("I8", 2, 2)}
+    tensors |= {
+        "norm.weight": floats(8),
+        "conv.weight": floats(2, 2, 2, 2),
+        "ids": noise("I64", 4),
+        "q.weight": noise("I8", 2, 2),
+    }
     return save(tmp_path_factory.mktemp("s") / "m.safetensors", tensors)
 
 
@@ -61,7 +66,8 @@ def test_a_pattern_shadowed_by_an_earlier_one_is_no_mistake(source):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "position"), [("(", 1), ("a(b", 3), ("[z-a]", 3), ("a**", 2), (r"(?P<x", 5), ("a\\", 2), ("*", 0), ("(?<=a+", 6)]
+    ("pattern", "position"),
+    [("(", 1), ("a(b", 3), ("[z-a]", 3), ("a**", 2), (r"(?P<x", 5), ("a\\", 2), ("*", 0), ("(?<=a+", 6)],
 )
 def test_an_invalid_pattern_shows_where(pattern, position):
     message = complaint(lambda: Pattern(pattern, "--custom-layers"))

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from streamquant import Recipe, budget, errors, pour
+from streamquant import Recipe, errors
 from streamquant.options import Silent
 from streamquant.transcode import convert
-
-TILE_BYTES = 4096
 
 
 class Watcher(Silent):
@@ -33,13 +31,6 @@ class Watcher(Silent):
     def progress(self, unit, source_bytes: int) -> None:
         self.tiles += 1
         self.after_tile(self.tiles)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Many tiles in a small file, and a sync every few of them."""
-    monkeypatch.setattr(budget, "TARGET_TILE_BYTES", TILE_BYTES)
-    monkeypatch.setattr(pour, "SYNC_BYTES", 20_000)
 
 
 def interrupt(source: Path, destination: Path, recipe: Recipe, tiles: int, **options) -> Watcher:
@@ -69,3 +60,10 @@ def the_journal(folder: Path) -> Path:
 def the_partial(folder: Path) -> Path:
     (path,) = folder.glob(".*.partial")
     return path
+
+
+def whole(source: Path, tmp_path: Path, recipe: Recipe, **options) -> dict[str, bytes]:
+    """An uninterrupted run's files."""
+    (tmp_path / "whole").mkdir()
+    convert(source, tmp_path / "whole" / "out.safetensors", recipe, **options)
+    return files(tmp_path / "whole")

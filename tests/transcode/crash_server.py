@@ -33,10 +33,11 @@ class Disk:
     def __init__(self, folder: Path, crash: dict[str, Any] | None):
         self.folder, self.crash = folder, crash
         self.calls = 0
-        # inode -> content when it was last synced. A process that dies leaves this to the next: the disk forgets nothing.
+        # inode -> content when it was last synced. A process that dies leaves this to the next, as a disk does.
         self.legacy = folder.with_suffix(".durable")
-        self.durable = pickle.loads(self.legacy.read_bytes()) if self.legacy.exists() else self._contents()
-        self.unsynced_names: set[str] = set()
+        self.durable, self.unsynced_names = self._contents(), set()
+        if self.legacy.exists():
+            self.durable, self.unsynced_names = pickle.loads(self.legacy.read_bytes())
         self.lock = threading.RLock()
         self.real = {name: getattr(os, name) for name in CALLS}
         for name in CALLS:
@@ -71,7 +72,6 @@ class Disk:
                 self.unsynced_names.clear()
             else:
                 self.durable[status.st_ino] = Path(f"/proc/self/fd/{arguments[0]}").read_bytes()
-                self.unsynced_names -= {path.name for path in self._files() if path.stat().st_ino == status.st_ino}
         elif name == "open":
             self.unsynced_names.add(os.path.basename(arguments[0]))
 
@@ -84,8 +84,8 @@ class Disk:
     def _die(self) -> None:
         if self.crash["power"] is not None:
             self._cut_power(random.Random(self.crash["power"]))
-            self.durable = self._contents()
-        self.legacy.write_bytes(pickle.dumps(self.durable))
+            self.durable, self.unsynced_names = self._contents(), set()
+        self.legacy.write_bytes(pickle.dumps((self.durable, self.unsynced_names)))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _cut_power(self, dice: random.Random) -> None:
@@ -97,7 +97,8 @@ class Disk:
             durable = self.durable.get(path.stat().st_ino, b"")
             size = dice.choice([len(now), len(durable)])
             parts = [
-                (now if dice.random() < 0.5 else durable)[at : at + PAGE].ljust(PAGE, b"\0") for at in range(0, size, PAGE)
+                (now if dice.random() < 0.5 else durable)[at : at + PAGE].ljust(PAGE, b"\0")
+                for at in range(0, size, PAGE)
             ]
             with open(path, "r+b") as file:  # in place: a hard link must go on being one
                 file.write(b"".join(parts)[:size])

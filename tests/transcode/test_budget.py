@@ -23,10 +23,13 @@ def plans(tmp_path_factory):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(list(EVERY_FORMAT)), st.integers(0, 400 * MEBIBYTE), st.integers(1, 64), st.sampled_from(["mmap", "pread"]),
+    st.sampled_from(list(EVERY_FORMAT)), st.integers(0, 400 * MEBIBYTE), st.integers(1, 64),
+    st.sampled_from(["mmap", "pread"]),
     st.sampled_from(["numba", "torch"]), st.none() | st.integers(1, 1 << 32), st.integers(1, 1 << 24),
 )  # fmt: skip
-def test_tiles_keep_to_the_budget_and_to_the_formats_boundaries(plans, name, memory, threads, io, backend, vram, target):
+def test_tiles_keep_to_the_budget_and_to_the_formats_boundaries(
+    plans, name, memory, threads, io, backend, vram, target
+):
     made = plans[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "TARGET_TILE_BYTES", target)

@@ -86,6 +86,10 @@ def index(folder: Path, text: str) -> Path:
     return path
 
 
+def listing(folder: Path, shard: str) -> Path:
+    return index(folder, f'{{"weight_map": {{"a": "{shard}"}}}}')
+
+
 def odd_shards(folder: Path) -> None:
     path = save_shards(folder, {"a": floats(1)}, {"b": floats(1)})
     save(folder / "model-00001-of-00002.safetensors", {"c": floats(1)})
@@ -132,8 +136,8 @@ FAILURES = [
     (errors.NotSafetensorsError, other_kind, ["m.gguf", "GGUF", "convert from the original"]),
     (errors.IndexFileError, lambda f: open_checkpoint(index(f, "{")), ["index.json", "download it again"]),
     (errors.IndexFileError, lambda f: open_checkpoint(index(f, "{}")), ["index.json", "weight_map"]),
-    (errors.ShardMissingError, lambda f: open_checkpoint(index(f, '{"weight_map": {"a": "b"}}')), ["'b'", "download it"]),
-    (errors.ShardOutsideFolderError, lambda f: open_checkpoint(index(f, '{"weight_map": {"a": "/b"}}')), ["'/b'", "outside"]),
+    (errors.ShardMissingError, lambda f: open_checkpoint(listing(f, "b")), ["'b'", "download it"]),
+    (errors.ShardOutsideFolderError, lambda f: open_checkpoint(listing(f, "/b")), ["'/b'", "outside"]),
     (errors.ShardContentError, odd_shards, ["model-00001-of-00002.safetensors", "'a'"]),
     (errors.MetadataError, unlike_metadata, ["m.safetensors", "_quantization_metadata", "mend or remove"]),
     (errors.NonFiniteError, not_finite, ["l.weight[0, 0]", "inf", "--allow-nonfinite"]),
@@ -176,10 +180,16 @@ def test_every_error_outside_the_header_is_provoked_here():
     provoked = {kind for kind, _, _ in FAILURES}
     abstract = {errors.StreamquantError, errors.CheckpointError, errors.HeaderError, errors.RunError}
     header = set(errors.HeaderError.__subclasses__())
-    declared = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.StreamquantError)}
+    declared = {
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.StreamquantError)
+    }
     assert declared - abstract - header == provoked - header
 
 
 def test_after_an_interruption_all_that_can_be_resumed_is_a_run_error():
-    assert issubclass(errors.SourceReadError, errors.RunError) and issubclass(errors.DestinationWriteError, errors.RunError)
-    assert issubclass(errors.InterruptedRunError, errors.RunError) and not issubclass(errors.NonFiniteError, errors.RunError)
+    assert issubclass(errors.SourceReadError, errors.RunError) and issubclass(
+        errors.DestinationWriteError, errors.RunError
+    )
+    assert issubclass(errors.InterruptedRunError, errors.RunError) and not issubclass(
+        errors.NonFiniteError, errors.RunError
+    )

@@ -1,4 +1,4 @@
-"""`kill -9` and power cuts at any system call: a resumed run gives the same bytes, and a final name is never half full."""
+"""`kill -9` and power cuts at any system call: a resumed run gives the same bytes, a final name is never partial."""
 
 from __future__ import annotations
 
@@ -79,11 +79,16 @@ class Ordeal:
             result = self.run(name, crash, resume=number > 0)
             assert result["killed"] or result["error"] is None, (crashes, result)
             for path, content in contents(folder).items():
-                assert content in (self.whole[path], self.old.get(path)), f"{path} is partial after {crashes[: number + 1]}"
+                assert content in (self.whole[path], self.old.get(path)), (
+                    f"{path} is partial after {crashes[: number + 1]}"
+                )
         assert contents(folder) == self.whole, crashes
         left = [path for path in folder.iterdir() if path.name.startswith(".")]
         # Of a run that was killed before its journal had a first line, what there is of that stays; nothing else ever.
-        assert all(path.suffix == ".journal" and len(path.read_bytes().splitlines()) <= 1 for path in left), (crashes, left)
+        assert all(path.suffix == ".journal" and len(path.read_bytes().splitlines()) <= 1 for path in left), (
+            crashes,
+            left,
+        )
 
 
 @pytest.fixture(params=SCENARIOS)

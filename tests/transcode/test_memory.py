@@ -25,7 +25,8 @@ from streamquant.transcode import convert
 print("idle", flush=True)
 input()
 for name in {formats!r}:
-    convert({source!r}, {destination!r}, EVERY_FORMAT[name], memory_budget={budget}, io={io!r}, threads={threads}, force=True)
+    options = dict(memory_budget={budget}, io={io!r}, threads={threads}, force=True)
+    convert({source!r}, {destination!r}, EVERY_FORMAT[name], **options)
     print(name, flush=True)
     input()
 """

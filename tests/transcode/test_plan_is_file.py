@@ -22,7 +22,8 @@ from streamquant.plan import HASH_DIGITS, Plan, plan
 from streamquant.transcode import convert
 
 names = st.sampled_from(
-    ["blocks.0.attn.qkv.weight", "blocks.0.mlp.weight", "blocks.1.qkv.weight", "z.weight", "weight", ".weight", "a.bias",
+    ["blocks.0.attn.qkv.weight", "blocks.0.mlp.weight", "blocks.1.qkv.weight", "z.weight", "weight", ".weight",
+     "a.bias",
      "model.diffusion_model.blocks.3.weight", "img_in.weight", "norm.weight", "é.weight", "a b.weight", "scale",
      "blocks.2.qkv.weight", "blocks.0.attn.qkv.weight_norm", "x.weight.weight"]
 )  # fmt: skip
@@ -51,13 +52,20 @@ weights = st.builds(
 # What the recipes' expressions find is always there; what else there is may be anything.
 checkpoints = st.builds(
     lambda candidates, others: others | candidates,
-    st.fixed_dictionaries(dict.fromkeys(["blocks.0.attn.qkv.weight", "blocks.3.mlp.weight", "img_in.weight", "z.weight"], weights)),
+    st.fixed_dictionaries(
+        dict.fromkeys(["blocks.0.attn.qkv.weight", "blocks.3.mlp.weight", "img_in.weight", "z.weight"], weights)
+    ),
     st.dictionaries(names, tensors(), max_size=6),
 )
 choices = st.one_of(
-    st.builds(FormatChoice, st.just("fp8"), st.sampled_from([None, "tensor", "row", "block", "block3d"]), st.sampled_from([None, 1, 3, 16, 32])),
+    st.builds(
+        FormatChoice, st.just("fp8"), st.sampled_from([None, "tensor", "row", "block", "block3d"]),
+        st.sampled_from([None, 1, 3, 16, 32]),
+    ),
     st.builds(FormatChoice, st.just("fp8_e5m2")),
-    st.builds(FormatChoice, st.just("int8"), st.sampled_from([None, "tensor", "row", "block"]), st.sampled_from([None, 1, 5, 32])),
+    st.builds(
+        FormatChoice, st.just("int8"), st.sampled_from([None, "tensor", "row", "block"]), st.sampled_from([None, 1, 5, 32])
+    ),
     st.builds(
         FormatChoice, st.sampled_from(["nf4", "fp4"]), st.none(), st.sampled_from([None, 32, 64, 4096]), st.booleans(),
         heur=st.booleans(),
@@ -98,7 +106,9 @@ def check(folder: Path, made: Plan, source: dict[str, Tensor], metadata: dict[st
         raw = (folder / planned.name).read_bytes()
         assert len(raw) == planned.size and written_header(raw, planned) == planned.header
         found, header = load(folder / planned.name), metadata_of(folder / planned.name)
-        assert [(i.name, i.dtype, i.shape) for i in planned.tensors] == [(n, t.dtype, t.shape) for n, t in found.items()]
+        assert [(i.name, i.dtype, i.shape) for i in planned.tensors] == [
+            (n, t.dtype, t.shape) for n, t in found.items()
+        ]
         check_metadata(header, found, made, metadata)
         check_safetensors_opens(folder / planned.name, found)
     check_units(folder, made, source)
@@ -112,7 +122,11 @@ def check_metadata(header: dict[str, str], found: dict[str, Tensor], made: Plan,
     (file,) = made.checkpoint.files
     assert provenance["source"] == [{"name": file.path.name, "header_sha256": file.header.sha256}]
     assert provenance["tensor_xxh3_64"] == "".join(xxhash.xxh3_64_hexdigest(tensor.data) for tensor in found.values())
-    markers = {name.removesuffix(".comfy_quant"): json.loads(t.data) for name, t in found.items() if name.endswith(".comfy_quant")}
+    markers = {
+        name.removesuffix(".comfy_quant"): json.loads(t.data)
+        for name, t in found.items()
+        if name.endswith(".comfy_quant")
+    }
     listed = json.loads(header.get("_quantization_metadata", '{"layers": {}}'))["layers"]
     assert listed == {layer: marker for layer, marker in markers.items() if not marker["format"].startswith("bnb_")}
     assert made.recipe.comfy_quant or listed == markers

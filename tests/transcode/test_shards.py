@@ -93,7 +93,11 @@ def test_what_is_written_in_shards_opens_again_and_converts_to_the_same(source, 
     again = Recipe(FormatChoice("int8"), exclude_layers="tall")
     convert(out.parent, tmp_path / "again.safetensors", again)
     found, first = load(tmp_path / "again.safetensors"), all_tensors(out.parent)
-    markers = {name.removesuffix(".comfy_quant"): json.loads(t.data) for name, t in found.items() if name.endswith("comfy_quant")}
+    markers = {
+        name.removesuffix(".comfy_quant"): json.loads(t.data)
+        for name, t in found.items()
+        if name.endswith("comfy_quant")
+    }
     assert json.loads(metadata_of(tmp_path / "again.safetensors")["_quantization_metadata"])["layers"] == markers
     assert {marker["format"] for marker in markers.values()} == {"float8_e4m3fn", "int8_tensorwise"}
     for layer, marker in markers.items():

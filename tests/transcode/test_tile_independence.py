@@ -68,7 +68,13 @@ def at_once(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", EVERY_FORMAT)
 def test_tiles_threads_and_io_change_no_byte(source, tmp_path, monkeypatch, at_once, recipe):
     whole = at_once(recipe)
-    for tile_bytes, threads, io in [(330, 3, "mmap"), (640, 1, "pread"), (1000, 2, "mmap"), (4096, 4, "pread"), (8 << 20, 2, "pread")]:
+    for tile_bytes, threads, io in [
+        (330, 3, "mmap"),
+        (640, 1, "pread"),
+        (1000, 2, "mmap"),
+        (4096, 4, "pread"),
+        (8 << 20, 2, "pread"),
+    ]:
         monkeypatch.setattr(budget, "TARGET_TILE_BYTES", tile_bytes)
         assert converted(source, tmp_path, recipe, threads=threads, io=io) == whole, (tile_bytes, threads, io)
 
@@ -121,11 +127,18 @@ def fixed_source() -> dict:
     """Weights that no library's random numbers can change: a congruential sequence, spread over many exponents."""
 
     def values(count: int, seed: int) -> np.ndarray:
-        bits = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(6364136223846793005) + np.uint64(seed)) >> np.uint64(33)
+        bits = (
+            np.arange(1, count + 1, dtype=np.uint64) * np.uint64(6364136223846793005) + np.uint64(seed)
+        ) >> np.uint64(33)
         uniform = bits.astype(np.float64) / 2**31 - 0.5
         return uniform * np.exp2(np.arange(count) % 13 - 8)
 
-    shapes = {"a.weight": (64, 96, "BF16"), "b.weight": (33, 31, "F16"), "c.weight": (32, 256, "F32"), "d.weight": (5, 7, "F64")}
+    shapes = {
+        "a.weight": (64, 96, "BF16"),
+        "b.weight": (33, 31, "F16"),
+        "c.weight": (32, 256, "F32"),
+        "d.weight": (5, 7, "F64"),
+    }
     made = {
         name: of_values(values(rows * columns, seed).reshape(rows, columns), dtype)
         for seed, (name, (rows, columns, dtype)) in enumerate(shapes.items())
