@@ -104,9 +104,9 @@ def generate(
 @click.option(
     "--cold",
     type=click.Choice(["system", "file", "none"]),
-    default="system",
+    default="file",
     show_default=True,
-    help="What to drop from the page cache before each run.",
+    help="What to drop from the page cache before each run: all of it, the source, or nothing.",
 )
 @click.option("--keep", is_flag=True, help="Keep the last output of each contender in each case.")
 @_threads

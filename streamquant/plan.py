@@ -108,6 +108,10 @@ class Plan:
         """Bytes that will be read (once)."""
         return sum(unit.source.info.nbytes for unit in self.units)
 
+    def file_of(self, unit: Unit) -> int:
+        """The number of the output file that holds all of a unit's tensors."""
+        return self.placement[unit.output_name(unit.outputs[0])][0]
+
     def output_bytes(self, unit: Unit) -> int:
         """Bytes of all tensors that a unit becomes."""
         return sum(self.placement[unit.output_name(output)][2] for output in unit.outputs)

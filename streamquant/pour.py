@@ -268,24 +268,14 @@ class Pour:
 
     def _publish_complete(self, unit: Unit | None = None) -> None:
         """Publish the files all of whose units are done: that of `unit`, or any."""
-        candidates = range(len(self.plan.files)) if unit is None else [self._file_number(unit)]
+        candidates = range(len(self.plan.files)) if unit is None else [self.plan.file_of(unit)]
         for number in candidates:
             if number in self.session.published:
                 continue
-            if all(index in self.session.done for index in self._members(number)):
+            # Last first: the one still missing is found at once.
+            if all(member.index in self.session.done for member in reversed(self.session.members[number])):
                 self._settle()  # a file must not be closed while it is being synced, nor a failed sync go unseen
                 self.session.publish(number, self.options.force)
-
-    def _file_number(self, unit: Unit) -> int:
-        return self.plan.placement[unit.output_name(unit.outputs[0])][0]
-
-    def _members(self, number: int) -> list[int]:
-        """The units of an output file, last first: the one still missing is found at once."""
-        if not hasattr(self, "_units_of_file"):
-            self._units_of_file: dict[int, list[int]] = {}
-            for unit in reversed(self.plan.units):
-                self._units_of_file.setdefault(self._file_number(unit), []).append(unit.index)
-        return self._units_of_file.get(number, [])
 
     def _keep_durable(self) -> None:
         """Now and then make the data durable, beside the work, and only then say so in the journal."""

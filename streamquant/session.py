@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +57,20 @@ class Session:
         self.close()
         self.names.journal.unlink(missing_ok=True)
 
+    @functools.cached_property
+    def members(self) -> list[list[Unit]]:
+        """The units of each output file, in order."""
+        members: list[list[Unit]] = [[] for _ in self.files]
+        for unit in self.plan.units:
+            members[self.plan.file_of(unit)].append(unit)
+        return members
+
     def file_hashes(self, number: int) -> bytes:
         """The hex digits that go into file `number`'s header: one hash per tensor, in file order."""
         hashes = {}
-        for unit in self.plan.units:
-            if unit.index in self.done:
-                names = [unit.output_name(output) for output in unit.outputs]
-                hashes |= dict(zip(names, self.done[unit.index]["hashes"], strict=True))
+        for unit in self.members[number]:
+            names = [unit.output_name(output) for output in unit.outputs]
+            hashes |= dict(zip(names, self.done[unit.index]["hashes"], strict=True))
         return "".join(hashes[tensor.name] for tensor in self.plan.files[number].tensors).encode()
 
     def publish(self, number: int, replace: bool) -> None:
@@ -193,7 +201,7 @@ def _has_final_name(file: PartialFile) -> bool:
 def _expect_published(session: Session, number: int, records: Records) -> None:
     """A file was given its final name just before the run broke off; make sure that it is ours."""
     planned, final = session.plan.files[number], session.files[number].final
-    members = {unit.index for unit in session.plan.units if _file_of(session.plan, unit) == number}
+    members = {unit.index for unit in session.members[number]}
     ours = final.exists() and final.stat().st_size == planned.size and members <= records.units.keys()
     if ours:
         session.done |= {index: records.units[index] for index in members if "hashes" in records.units[index]}
@@ -213,10 +221,6 @@ def _expect_published(session: Session, number: int, records: Records) -> None:
         session.files[number].partial.unlink(missing_ok=True)
         sync_folder(final.parent)
     session.published.add(number)
-
-
-def _file_of(plan: Plan, unit: Unit) -> int:
-    return plan.placement[unit.output_name(unit.outputs[0])][0]
 
 
 def _check_claims(session: Session, records: Records) -> None:

@@ -25,7 +25,8 @@ def test_only_two_dimensional_floating_weights_are_candidates(tmp_path):
     tensors = {
         "a.weight": floats(4, 4), "half.weight": floats(4, 4, dtype="F16"), "double.weight": floats(4, 4, dtype="F64"),
         "single.weight": floats(4, 4, dtype="F32"), "a.bias": floats(4), "vector.weight": floats(4),
-        "scalar.weight": floats(), "conv.weight": floats(4, 4, 1, 1), "matrix": floats(4, 4), "x.weight_v": floats(4, 4),
+        "scalar.weight": floats(), "conv.weight": floats(4, 4, 1, 1), "matrix": floats(4, 4),
+        "x.weight_v": floats(4, 4),
         "ids.weight": noise("I64", 4, 4), "bool.weight": noise("BOOL", 4, 4), "weight": floats(4, 4),
         "weights": floats(4, 4), "rows.weight": floats(0, 4), "columns.weight": floats(4, 0),
     }  # fmt: skip
@@ -67,7 +68,7 @@ def test_a_pattern_that_finds_only_what_the_preset_removes_is_told_so(tmp_path):
     ("choice", "shape", "became", "reason"),
     [
         (FormatChoice("fp8", "block", 32), (64, 96), "float8_e4m3fn_blockwise", None),
-        (FormatChoice("fp8", "block", 32), (64, 97), "float8_e4m3fn_rowwise", "64 x 97 is not divisible into blocks of 32"),
+        (FormatChoice("fp8", "block", 32), (64, 97), "float8_e4m3fn_rowwise", "64 x 97 is not divisible into blocks"),
         (FormatChoice("fp8", "block", 32), (65, 96), "float8_e4m3fn_rowwise", "row scales (float8_e4m3fn_rowwise)"),
         (FormatChoice("fp8", "block3d", 32), (65, 96), "float8_e4m3fn_block3d", None),
         (FormatChoice("fp8", "block3d", 32), (64, 95), "float8_e4m3fn_rowwise", "95 columns are not divisible"),

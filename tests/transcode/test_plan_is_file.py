@@ -64,7 +64,8 @@ choices = st.one_of(
     ),
     st.builds(FormatChoice, st.just("fp8_e5m2")),
     st.builds(
-        FormatChoice, st.just("int8"), st.sampled_from([None, "tensor", "row", "block"]), st.sampled_from([None, 1, 5, 32])
+        FormatChoice, st.just("int8"), st.sampled_from([None, "tensor", "row", "block"]),
+        st.sampled_from([None, 1, 5, 32]),
     ),
     st.builds(
         FormatChoice, st.sampled_from(["nf4", "fp4"]), st.none(), st.sampled_from([None, 32, 64, 4096]), st.booleans(),

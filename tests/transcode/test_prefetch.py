@@ -22,18 +22,18 @@ def requests(monkeypatch):
     return made
 
 
-def settled(requests: list) -> list:
-    """The requests, once no more come."""
-    count = -1
-    while count != len(requests):
-        count = len(requests)
-        time.sleep(0.05)
-    return requests
+def count(requests: list, expected: int) -> int:
+    """How many requests there are once `expected` have come, and a little later."""
+    deadline = time.monotonic() + 10
+    while len(requests) < expected and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(0.02)
+    return len(requests)
 
 
 def test_everything_is_asked_for_in_order_in_small_steps(requests):
     with Prefetcher(RANGES):
-        settled(requests)
+        count(requests, 9)
     assert requests == [
         *((3, step * STEP, STEP) for step in range(5)), (3, 5 * STEP, 7),
         *((4, 100 + step * STEP, STEP) for step in range(3)),
@@ -43,11 +43,11 @@ def test_everything_is_asked_for_in_order_in_small_steps(requests):
 def test_it_stays_a_bounded_distance_ahead_of_the_work(requests, monkeypatch):
     monkeypatch.setattr(prefetch, "DISTANCE", 2 * STEP)
     with Prefetcher(RANGES) as prefetcher:
-        assert len(settled(requests)) == 2
+        assert count(requests, 2) == 2
         prefetcher.advance(STEP)
-        assert len(settled(requests)) == 3
+        assert count(requests, 3) == 3
         prefetcher.advance(100 * STEP)
-        assert len(settled(requests)) == 3, "what lies behind the work is not asked for any more"
+        assert count(requests, 3) == 3, "what lies behind the work is not asked for any more"
 
 
 def test_it_ends_at_once_when_the_work_does(requests, monkeypatch):
@@ -55,7 +55,7 @@ def test_it_ends_at_once_when_the_work_does(requests, monkeypatch):
     before = threading.active_count()
     began = time.monotonic()
     with Prefetcher(RANGES):
-        settled(requests)
+        assert count(requests, 1) == 1
     assert threading.active_count() == before and time.monotonic() - began < 1
 
 
