@@ -137,16 +137,18 @@ class TorchBackend:
         """A flat torch tile of `raw` bytes on this backend's device."""
         import torch
 
-        host = torch.from_numpy(np.frombuffer(raw, dtype=np.uint8))
+        array = np.frombuffer(raw, dtype=np.uint8)
         torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
         with self._context():
             if self._stream is not None:
                 # Pinned memory is what lets the copy run beside the other workers' kernels; one buffer serves all tiles.
                 self._stream.synchronize()  # the last tile may still be on its way out of it
-                if self._staging is None or self._staging.numel() < host.numel():
-                    self._staging = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
-                host = self._staging[: host.numel()].copy_(host).to(self.device, non_blocking=True)
-            tile = host.view(torch_dtype)
+                if self._staging is None or self._staging.numel() < array.size:
+                    self._staging = torch.empty(array.size, dtype=torch.uint8, pin_memory=True)
+                np.copyto(self._staging.numpy()[: array.size], array)
+                tile = self._staging[: array.size].to(self.device, non_blocking=True).view(torch_dtype)
+            else:
+                tile = torch.from_numpy(array.copy()).view(torch_dtype)  # torch warns of memory it may not write to
             return tile.float() if dtype == "F64" else tile
 
     def _chunks(self, elements: int, group: int):

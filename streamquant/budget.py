@@ -43,7 +43,7 @@ def bytes_per_element(unit: Unit, io: str, backend: str) -> float:
     if unit.format.name == "cast":
         return read + written + 12  # float32, its bits, and the error
     decoded = 0 if unit.dtype in ("BF16", "F32") else 4
-    return read + decoded + written + (4 if backend == "torch" else 0)
+    return read + decoded + written + (4 + unit.element_bytes if backend == "torch" else 0)
 
 
 def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: str, vram_budget: int | None) -> TileSizes:
@@ -78,10 +78,9 @@ def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: s
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process: what a budget counts. Mapped files are not in it."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            _, resident, shared = map(int, statm.read().split()[:3])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         pass  # not Linux: the nearest thing psutil has
     return psutil.Process(os.getpid()).memory_info().rss

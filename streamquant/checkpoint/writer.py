@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -49,7 +50,8 @@ def find_journals(destination: Path) -> list[Names]:
         if entry.name.startswith(prefix) and entry.name.endswith(suffix):
             run = entry.name[len(prefix) : -len(suffix)]
             if len(run) == 8 and all(digit in "0123456789abcdef" for digit in run):
-                found.append((entry.stat().st_mtime_ns, Names(destination, run)))
+                with contextlib.suppress(FileNotFoundError):  # its run ends at this very moment
+                    found.append((entry.stat().st_mtime_ns, Names(destination, run)))
     return [names for _, names in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 

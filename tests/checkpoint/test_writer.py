@@ -185,6 +185,8 @@ def test_journals_are_found_newest_first_and_no_other_file_is(tmp_path):
                      ".out.safetensors.00000004.partial", ".out.safetensors.x.00000005.journal",
                      ".other.safetensors.00000006.journal"):  # fmt: skip
         (tmp_path / stranger).touch()
+    # A journal that is gone before it is looked at: its run has just ended.
+    (tmp_path / ".out.safetensors.00000007.journal").symlink_to(tmp_path / "gone")
     assert [names.run for names in find_journals(destination)] == ["00000002", "0000000a", "00000001"]
     assert find_journals(tmp_path / "absent" / "out.safetensors") == []
 
