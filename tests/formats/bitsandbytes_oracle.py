@@ -24,8 +24,9 @@ def read_state(tensors: dict[str, torch.Tensor]) -> functional.QuantState:
 def assert_same_weight(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Equal in every element; NaN where an absmax of nearly the largest float32 was restored as infinity."""
     if ours.dtype == torch.bfloat16:
-        # The instruction that bitsandbytes rounds to BF16 with, where the processor has it, makes zeros of subnormals.
-        ours, theirs = (torch.where(part.abs() < torch.finfo(part.dtype).tiny, 0, part) for part in (ours, theirs))
+        # The instruction that bitsandbytes rounds to BF16 with, where the processor has it, makes zeros of subnormals, and
+        # so of those that would have rounded up to the smallest normal too.
+        ours, theirs = (torch.where(part.abs() <= torch.finfo(part.dtype).tiny, 0, part) for part in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 

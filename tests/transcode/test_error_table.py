@@ -14,6 +14,7 @@ from conversions import Watcher, interrupt
 from small_checkpoints import EVERY_FORMAT, floats, of_values, save, save_shards
 
 from streamquant import FormatChoice, Recipe, errors, open_checkpoint
+from streamquant.calibration import CalibrationError
 from streamquant.layer_config import read_layer_config
 from streamquant.transcode import convert
 
@@ -21,7 +22,7 @@ from streamquant.transcode import convert
 EXIT_CODES = {
     errors.StreamquantError: 1, errors.UsageError: 2, errors.PreflightError: 4, errors.CheckpointError: 5,
     errors.SourceReadError: 6, errors.DestinationWriteError: 7, errors.NonFiniteError: 8, errors.ResumeError: 9,
-    errors.InterruptedRunError: 130,
+    CalibrationError: 10, errors.InterruptedRunError: 130,
 }  # fmt: skip
 INT8 = EVERY_FORMAT["int8-row"]
 
