@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from conversions import Watcher, files, hidden, interrupt, the_journal, whole
