@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,7 +68,7 @@ class Encoded:
     finite: bool = True
 
 
-class Encoder:
+class Encoder(ABC):
     """Turns one layer's tiles into payloads. Tiles are independent, so several threads may encode at once.
 
     A format that must know the whole tensor first has `passes` == 2: every tile goes through `observe` (whose results
@@ -85,9 +86,9 @@ class Encoder:
         """Merge what `observe` learned from the next tile, in tile order."""
         raise TypeError(f"{type(self).__name__} has one pass")
 
+    @abstractmethod
     def encode(self, backend: Any, tile: Any) -> Encoded:
         """The payloads of one tile."""
-        raise NotImplementedError
 
     def commit(self, encoded: Encoded) -> None:
         """Called once per tile, in tile order, when it has been written: statistics that `finish` needs."""
@@ -105,7 +106,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(ABC):
     """A format on disk. Subclasses register themselves by `name` and state only what is their own."""
 
     name: ClassVar[str]
@@ -124,17 +125,17 @@ class Format:
         """The format used instead when the shape does not fit; None means the layer stays as it is."""
         return None
 
+    @abstractmethod
     def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
         """The tensors written for a weight of `shape` and safetensors `dtype`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
         """An encoder for one weight. `rounding` decides codes given scales; None rounds to nearest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The weight back in floating point, from the layer's tensors by suffix: what a loader computes with."""
-        raise NotImplementedError
 
     def comfy_quant(self) -> dict[str, Any] | None:
         """The JSON object that describes the layer to ComfyUI, or None."""

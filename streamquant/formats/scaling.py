@@ -10,6 +10,7 @@ Four modes over a weight [out_features, in_features] = [M, N] and a block edge b
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +80,13 @@ class ScaledEncoder(Encoder):
         self.passes = 2 if geometry.mode == "tensor" else 1
         self.largest = np.float32(0)
 
+    @abstractmethod
     def scales(self, absmax: np.ndarray) -> tuple[np.ndarray, ...]:
         """What `codes` needs for float32 magnitudes [n], each float32 [n]; the last is the scale that is stored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self, backend: Any, tile: Any, group: int, scales: tuple[np.ndarray, ...], sums: Any) -> np.ndarray:
         """Codes of a tile whose runs of `group` elements have these scales."""
-        raise NotImplementedError
 
     def observe(self, backend: Any, tile: Any) -> tuple[float, bool]:
         absmax, finite = _finite_absmax(backend, tile, tile.shape[0])
