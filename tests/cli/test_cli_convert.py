@@ -155,7 +155,7 @@ def test_every_refusal_is_one_sentence_with_its_own_exit_code(flux2, tmp_path, a
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    return os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
 
 def test_an_existing_output_is_only_replaced_when_asked(flux2, tmp_path):

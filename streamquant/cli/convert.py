@@ -1,13 +1,8 @@
-"""The command line: words become a Recipe, Options and a call.
-
-Option names are matched after every underscore is read as a hyphen, so the spellings of the older converter
-(`--comfy_quant`, `--scaling_mode`) are accepted everywhere, by that one rule.
-"""
+"""`streamquant convert`: words become a Recipe, Options and a call."""
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,31 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
 
-from streamquant import __version__, presets
+from streamquant import presets
+from streamquant.cli.words import Size
 from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
 from streamquant.recipe import FormatChoice, Recipe
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 CASTS = {"bf16": "BF16", "fp16": "F16"}
 TYPES = ("fp8", "int8", "nf4", "fp4", "fp8_e5m2")
 MODES = ("tensor", "row", "block", "block2d", "block3d")
-
-
-class Size(click.ParamType):
-    """A number of bytes: 512MiB (binary), 5GB (decimal), or a plain count."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, context: Any) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE)
-        if not match:
-            self.fail(f"{value!r} is not a size: write 512MiB, 5GB or a number of bytes.", param, context)
-        return int(float(match[1]) * UNITS[(match[2] or "").lower()])
 
 
 def _preset_flags(command: Callable) -> Callable:
@@ -50,13 +30,6 @@ def _preset_flags(command: Callable) -> Callable:
         command = click.option(f"--{flag}", "preset_flags", flag_value=name, multiple=True, hidden=True)(command)
     return command
 
-
-MAX_WIDTH = 100
-CONTEXT = {
-    "max_content_width": MAX_WIDTH,
-    "token_normalize_func": lambda word: word.replace("_", "-"),
-    "help_option_names": ["-h", "--help"],
-}
 
 # The help of `convert` as a person reads it: options that belong together share a row, so that all fit one screen.
 CONVERT_HELP = {
@@ -116,21 +89,7 @@ class GroupedHelp(click.Command):
                 formatter.write_dl([("  ".join(spelled[word] for word in names.split() or [""]), text) for names, text in rows])
 
 
-def _show_version(context: click.Context, _: Any, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        from streamquant.console import version_text
-
-        click.echo(version_text(__version__))
-        context.exit()
-
-
-@click.group(context_settings=CONTEXT)
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions.")
-def main() -> None:
-    """Turn a huge diffusion checkpoint into a small one, in constant memory."""
-
-
-@main.command(cls=GroupedHelp)
+@click.command(cls=GroupedHelp)
 @click.argument("source", required=False, metavar="[SOURCE]")
 @click.option("-i", "--input", "input_", metavar="PATH")
 @click.option("-o", "--output", metavar="PATH")
@@ -283,23 +242,3 @@ def _stop_on_signals() -> threading.Event:
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
     return stop
-
-
-@main.command("presets")
-def list_presets() -> None:
-    """List the architectures, their flags and how many rules keep layers."""
-    from streamquant import console
-
-    console.Screen().show_presets(presets.load_presets().values())
-
-
-@main.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print a completion script, to be evaluated by SHELL."""
-    script = get_completion_class(shell)(main, {}, "streamquant", "_STREAMQUANT_COMPLETE")
-    click.echo(script.source())
-
-
-if __name__ == "__main__":
-    main()
