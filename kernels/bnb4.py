@@ -14,10 +14,13 @@ from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS
 SMALLEST_DIVISOR = 1e-38
 
 
-def encode(flat: torch.Tensor, block_size: int, book: str) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    flat: torch.Tensor, block_size: int, book: str, given: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed codes and absmax of consecutive blocks.
 
-    flat [elements]: floating. block_size: even. book: "nf4" or "fp4".
+    flat [elements]: floating. block_size: even. book: "nf4" or "fp4". given [blocks] float32: scales chosen otherwise, to
+    be taken in place of absmax; what lies beyond them saturates.
     Returns uint8 [ceil(elements / 2)] and float32 [ceil(elements / block_size)]. A NaN makes its block's absmax NaN and
     all its codes those of the book's largest value.
     """
@@ -25,10 +28,13 @@ def encode(flat: torch.Tensor, block_size: int, book: str) -> tuple[torch.Tensor
     values = flat.float()
     whole = values.numel() // block_size * block_size
     blocks, rest = values[:whole].view(-1, block_size), values[whole:]
-    absmax = blocks.abs().amax(dim=1) if whole else values.new_empty(0)
+    if given is not None:
+        absmax = given[: whole // block_size]
+    else:
+        absmax = blocks.abs().amax(dim=1) if whole else values.new_empty(0)
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST_DIVISOR)).unsqueeze(1)).view(-1)
     if rest.numel():
-        rest_absmax = rest.abs().amax().clamp(min=SMALLEST_DIVISOR)
+        rest_absmax = (rest.abs().amax() if given is None else given[-1]).clamp(min=SMALLEST_DIVISOR)
         absmax = torch.cat([absmax, rest_absmax.view(1)])
         scaled = torch.cat([scaled, rest / rest_absmax])
     if scaled.numel() % 2:

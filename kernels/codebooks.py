@@ -68,6 +68,24 @@ def midpoints(values: np.ndarray) -> np.ndarray:
 BOUNDARIES = {name: midpoints(book[ASCENDING_CODES[name]]) for name, book in CODE_BOOKS.items()}
 
 
+def _e4m3_values() -> np.ndarray:
+    """The number each E4M3 byte stands for: bias 7, no infinity, 0x7F and 0xFF are NaN ("OCP 8-bit Floating Point
+    Specification", 2023)."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    magnitude[(codes & 0x7F) == 0x7F] = np.nan
+    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+
+
+# What each code byte stands for before any scale: float32 [256]. A book's upper codes do not exist.
+CODE_VALUES = {
+    "int8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
+    "e4m3": _e4m3_values(),
+    **{name: np.concatenate([book, np.full(240, np.nan, np.float32)]) for name, book in CODE_BOOKS.items()},
+}
+
+
 def _linspace(start: float, stop: float, count: int) -> np.ndarray:
     """float32 linspace built from both ends towards the middle, as torch does: the same bits without torch."""
     first, last = np.float32(start), np.float32(stop)

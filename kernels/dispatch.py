@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS
+from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, CODE_VALUES
+from .feedback import Feedback
+from .refined import Refined
+from .search_grid import BOOK_RATIOS, BOOK_REFITS, fp8_candidates
 
 # How the floating safetensors dtypes lie in host memory. BF16 has no numpy dtype: its bits are kept as uint16.
 HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 TORCH_CHUNK = 1 << 18  # elements the torch references work on at a time on the CPU, so that temporaries stay in cache
 NORM_CHUNK = 1 << 22  # elements copied to float64 at a time
+# Families of operations that have Triton kernels. Scale search has none: it is plain torch on a GPU.
+GPU_FAMILIES = ("FP8 and INT8 encoding", "NF4 and FP4 encoding", "decoding", "rotation", "refinement")
 
 
 @dataclass
@@ -94,18 +99,88 @@ class JitBackend:
         sums.add(*pair)
         return codes
 
-    def bnb4(self, tile, block_size: int, book: str, sums: ErrorSums) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [ceil(elements / 2)] packed codes and float32 [ceil(elements / block_size)] absmax."""
+    def bnb4(
+        self, tile, block_size: int, book: str, sums: ErrorSums, given: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [ceil(elements / 2)] packed codes and float32 [ceil(elements / block_size)] absmax.
+
+        given: float32 like absmax, taken in its place.
+        """
         from .jit.bnb4 import encode_4bit
 
         packed = np.empty((tile.size + 1) // 2, dtype=np.uint8)
-        absmax = np.empty(-(-tile.size // block_size), dtype=np.float32)
+        absmax = np.empty(-(-tile.size // block_size), dtype=np.float32) if given is None else given
         pair = np.zeros(2)
         ascending = ASCENDING_CODES[book]
         values = CODE_BOOKS[book][ascending]
-        encode_4bit(tile, block_size, BOUNDARIES[book], _pair_codes(book), values, packed, absmax, pair)
+        encode_4bit(
+            tile, block_size, BOUNDARIES[book], _pair_codes(book), values, given is not None, packed, absmax, pair
+        )
         sums.add(*pair)
         return packed, absmax
+
+    def e4m3_errors(self, tile, group: int, absmax: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Σ weight·(Q - W)² of each run of `group` elements under each of `fp8_candidates(absmax)`: float64 [n, 17].
+
+        absmax float32 [n], of all that shares the run's scale. weights float32 [cycle, group], run i taking row i mod
+        cycle.
+        """
+        from .jit.scale_search import e4m3_errors
+
+        multipliers = fp8_candidates(absmax)
+        errors = np.empty(multipliers.shape)
+        e4m3_errors(self.matrix(tile, group), multipliers, weights, 0, errors)
+        return errors / np.square(multipliers, dtype=np.float64)
+
+    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str) -> np.ndarray:
+        """The scale of least weighted error for each block: float32 [ceil(elements / block_size)]."""
+        from .jit.scale_search import LANES, book_absmax
+
+        runs = _padded_runs(_as_float32(tile), block_size)
+        absmax = np.abs(runs).max(axis=1, initial=0.0).astype(np.float32)
+        if block_size % LANES:
+            extra = ((0, 0), (0, -block_size % LANES))
+            runs, weights = np.pad(runs, extra), np.pad(weights, extra)
+        values = CODE_BOOKS[book][ASCENDING_CODES[book]]
+        book_absmax(runs, BOOK_RATIOS, BOOK_REFITS, weights, 0, tuple(BOUNDARIES[book]), tuple(values), absmax)
+        return absmax
+
+    def rotate(self, tile, group_size: int) -> np.ndarray:
+        """The tile's runs of `group_size` elements multiplied by the Hadamard matrix: float32 [elements]."""
+        from .jit.hadamard import rotate_groups
+
+        rotated = np.empty(tile.size, dtype=np.float32)
+        rotate_groups(tile.reshape(-1, group_size), np.float32(group_size**-0.5), rotated.reshape(-1, group_size))
+        return rotated
+
+    def matrix(self, tile, columns: int) -> np.ndarray:
+        """The tile as float32 [rows, columns]."""
+        return _as_float32(tile).reshape(-1, columns)
+
+    def refine(
+        self, matrix, scale: np.ndarray, column_group: np.ndarray, feedback: Feedback, grid: str,
+        multiplier: np.ndarray | None, sweeps: int, guard: bool,
+    ) -> Refined:  # fmt: skip
+        """Codes of `matrix` under a prepared H, as `streamquant.kernels.refine` defines; all arrays numpy's."""
+        from .jit.refine import refine
+
+        return refine(matrix, scale, column_group, feedback, grid, multiplier, sweeps, guard)
+
+    def measure_codes(
+        self, matrix, codes: np.ndarray, scale: np.ndarray, column_group: np.ndarray, grid: str, sums: ErrorSums
+    ) -> None:
+        """Add the squared error of codes [rows, N], one byte each, and the squared weight."""
+        from .jit.squared_error import table_error
+
+        # One memory layout, one compilation.
+        pair = np.zeros(2)
+        table_error(matrix, codes.view(np.uint8), CODE_VALUES[grid], np.ascontiguousarray(scale), column_group, pair)
+        sums.add(*pair)
+
+
+def _padded_runs(flat: np.ndarray, group: int) -> np.ndarray:
+    """`flat` as [runs, group]; zeros, which are a code of every book and add no error, fill up the last one."""
+    return np.pad(flat, (0, -flat.size % group)).reshape(-1, group) if flat.size % group else flat.reshape(-1, group)
 
 
 def _as_float32(tile: np.ndarray) -> np.ndarray:
@@ -158,7 +233,8 @@ class TorchBackend:
     def _on_device(self, values: np.ndarray):
         import torch
 
-        return torch.from_numpy(values).to(self.device)
+        # torch warns of memory it may not write to, and kernels want rows without gaps.
+        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
 
     def _context(self):
         """Everything that touches a tile runs on this backend's stream: other streams do not wait for it."""
@@ -166,7 +242,11 @@ class TorchBackend:
 
         import torch
 
-        return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
+        if self._stream is None:
+            return contextlib.nullcontext()
+        # What a caller made of a tile on a stream of its own, such as some of its rows, must be there.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._stream)
 
     def nan_mask(self, tile) -> np.ndarray:
         with self._context():
@@ -215,18 +295,75 @@ class TorchBackend:
                 codes.append(encoded.view(-1))
             return _host(codes)
 
-    def bnb4(self, tile, block_size: int, book: str, sums: ErrorSums) -> tuple[np.ndarray, np.ndarray]:
+    def bnb4(
+        self, tile, block_size: int, book: str, sums: ErrorSums, given: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         from . import bnb4
 
         with self._context():
             packed, absmax = [], []
+            scales = None if given is None else self._on_device(given)
             for begin, end in self._chunks(tile.numel(), block_size):
                 part = tile[begin:end]
-                codes, block_absmax = bnb4.encode(part, block_size, book)
+                blocks = slice(begin // block_size, -(-end // block_size))
+                codes, block_absmax = bnb4.encode(part, block_size, book, None if scales is None else scales[blocks])
                 _measure(bnb4.decode(codes, block_absmax, block_size, book, part.numel()), part, sums)
                 packed.append(codes)
                 absmax.append(block_absmax)
             return _host(packed), _host(absmax)
+
+    def e4m3_errors(self, tile, group: int, absmax: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        from .scale_search import e4m3_errors
+
+        multipliers = fp8_candidates(absmax)
+        with self._context():
+            runs = tile.view(-1, group)
+            errors = e4m3_errors(runs, self._on_device(multipliers), self._on_device(weights)).cpu().numpy()
+        return errors / np.square(multipliers, dtype=np.float64)
+
+    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str) -> np.ndarray:
+        import torch
+
+        from .scale_search import book_absmax
+
+        with self._context():
+            runs = torch.nn.functional.pad(tile, (0, -tile.numel() % block_size)).view(-1, block_size)
+            return book_absmax(runs, self._on_device(weights), book).cpu().numpy()
+
+    def rotate(self, tile, group_size: int):
+        from .hadamard import rotate
+
+        with self._context():
+            return rotate(tile.view(-1, group_size), group_size).view(-1)
+
+    def matrix(self, tile, columns: int):
+        with self._context():
+            return tile.float().view(-1, columns)
+
+    def refine(
+        self, matrix, scale: np.ndarray, column_group: np.ndarray, feedback: Feedback, grid: str,
+        multiplier: np.ndarray | None, sweeps: int, guard: bool,
+    ) -> Refined:  # fmt: skip
+        import torch
+
+        from .refine import refine
+
+        with self._context():
+            given = None if multiplier is None else self._on_device(multiplier)
+            groups = torch.from_numpy(column_group)
+            refined = refine(matrix, self._on_device(scale), groups, feedback, grid, given, sweeps, guard)
+            return Refined(*(part.cpu().numpy() for part in refined))
+
+    def measure_codes(
+        self, matrix, codes: np.ndarray, scale: np.ndarray, column_group: np.ndarray, grid: str, sums: ErrorSums
+    ) -> None:
+        with self._context():
+            table, groups = self._on_device(CODE_VALUES[grid]), self._on_device(column_group)
+            step = max(TORCH_CHUNK // max(matrix.shape[1], 1), 1)
+            for begin in range(0, len(matrix), step):
+                rows = slice(begin, begin + step)
+                values = table[self._on_device(codes[rows].view(np.uint8)).int()]
+                _measure(values * self._on_device(scale[rows])[:, groups], matrix[rows], sums)
 
 
 def _host(parts) -> np.ndarray:
@@ -248,23 +385,36 @@ def _sum_of_squares(values) -> float:
 
 
 def select(device: str = "cpu"):
-    """The backend for a device ("cpu" or "cuda[:N]"): compiled where it runs, torch everywhere else.
+    """The backend for a device ("cpu" or "cuda[:N]"): numba on the CPU and Triton on a GPU where they run, else torch.
 
     One object per worker thread: a TorchBackend owns its staging buffer and CUDA stream.
     """
-    if device == "cpu" and why_no_jit() is None:
-        return JitBackend()
-    return TorchBackend(device)
+    if device == "cpu":
+        return JitBackend() if why_no_jit() is None else TorchBackend(device)
+    from . import gpu
+
+    if gpu.why_not(device) is not None:
+        return TorchBackend(device)
+    from .gpu.backend import GpuBackend
+
+    return GpuBackend(device)
 
 
 def available() -> dict[str, str]:
-    """What runs here: backend name -> "yes", or why not."""
-    torch_there = importlib.util.find_spec("torch") is not None
-    report = {"numba (CPU)": why_no_jit() or "yes", "torch (CPU)": "yes" if torch_there else "torch is not installed"}
-    if not torch_there:
-        report["torch (CUDA)"] = "torch is not installed"
-        return report
+    """What runs here: implementation and device, then each family of operations on a GPU -> "yes", or what instead and
+    why."""
+    from . import gpu
+
+    report = {"numba (CPU)": why_no_jit() or "yes"}
+    if importlib.util.find_spec("torch") is None:
+        return report | dict.fromkeys(("torch (CPU)", "torch (CUDA)", "Triton (CUDA)"), "torch is not installed")
     import torch
 
-    report["torch (CUDA)"] = "yes" if torch.cuda.is_available() else "torch sees no CUDA device"
+    has_device, no_triton = torch.cuda.is_available(), gpu.why_not()
+    report["torch (CPU)"] = "yes"
+    report["torch (CUDA)"] = "yes" if has_device else "torch sees no CUDA device"
+    report["Triton (CUDA)"] = no_triton or "yes"
+    if has_device:
+        ours = "Triton" if no_triton is None else f"plain torch: {no_triton}"
+        report |= {f"{family} (CUDA)": ours for family in GPU_FAMILIES}
     return report

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import psutil
 
@@ -14,6 +16,10 @@ from streamquant.plan import Plan, Unit
 
 MEBIBYTE = 1 << 20
 TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the overheads, small enough for the cache
+LEARNED_ELEMENTS = 1 << 21  # of a tile whose codes are learned: its arithmetic is long, and its float32 form is kept
+LEARNED_BYTES = 4 + 4 + 1  # per element of such a tile, beyond the others: rotated, as a matrix, and its codes
+STRIP_BYTES = 4 * 32  # per column and thread: the errors of a strip of rows, for sweeps and a dense H
+PREPARED = 2  # layers that are prepared at once: the one in hand and the next
 # What the process takes beyond tiles: compiled kernels or torch, thread stacks, buffers of the allocator. Measured
 # (`python -m benchmarks memory`), rounded up.
 OVERHEAD = {"numba": 128 * MEBIBYTE, "torch": 160 * MEBIBYTE}
@@ -46,33 +52,44 @@ def bytes_per_element(unit: Unit, io: str, backend: str) -> float:
     return read + decoded + written + (4 + unit.element_bytes if backend == "torch" else 0)
 
 
-def tile_sizes(plan: Plan, memory_budget: int, threads: int, io: str, backend: str, vram_budget: int | None) -> TileSizes:
+def tile_sizes(
+    plan: Plan, memory_budget: int, threads: int, io: str, backend: str, vram_budget: int | None,
+    learned: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+) -> TileSizes:  # fmt: skip
     """The tile of every unit under a budget in bytes of anonymous memory.
+
+    learned: by unit, the bytes that its converter takes, and of how many rows its tiles must be a multiple.
 
     Raises BudgetError naming the first layer whose smallest tile (a row, a row of blocks, a run of nested blocks) does
     not fit, with the budget it needs.
     """
     in_flight = tiles_in_flight(threads)
-    available = memory_budget - OVERHEAD[backend]
+    fixed = OVERHEAD[backend] + PREPARED * max((nbytes for nbytes, _ in learned.values()), default=0)
     elements, peak = [], 0
     for unit in plan.units:
         per_element = max(bytes_per_element(unit, io, backend), 0.125)
-        limit = available / in_flight / per_element
+        granularity, target, overhead = unit.granularity, TARGET_TILE_BYTES // unit.element_bytes, fixed
+        if unit.index in learned:
+            per_element += LEARNED_BYTES
+            granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index][1])
+            overhead += threads * STRIP_BYTES * unit.shape[1]
+            target = LEARNED_ELEMENTS if vram_budget is None else 4 * LEARNED_ELEMENTS
+        limit = (memory_budget - overhead) / in_flight / per_element
         if vram_budget is not None:
             # On the device: the tile, its float32 form, its codes and one temporary, per worker.
             limit = min(limit, vram_budget / threads / (unit.element_bytes + 16))
-        granules = max(min(TARGET_TILE_BYTES // unit.element_bytes, limit) // unit.granularity, 1)
-        size = int(min(granules * unit.granularity, max(unit.elements, 1)))
+        granules = max(min(target, limit) // granularity, 1)
+        size = int(min(granules * granularity, max(unit.elements, 1)))
         if size > limit:
-            need = OVERHEAD[backend] + math.ceil(size * per_element) * in_flight
+            need = overhead + math.ceil(size * per_element) * in_flight
             raise BudgetError(
                 f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a "
                 f"budget of {memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or "
                 f"fewer --threads."
             )
         elements.append(size)
-        peak = max(peak, math.ceil(size * per_element) * in_flight)
-    return TileSizes(tuple(elements), in_flight, peak + OVERHEAD[backend], memory_budget)
+        peak = max(peak, overhead + math.ceil(size * per_element) * in_flight)
+    return TileSizes(tuple(elements), in_flight, max(peak, fixed), memory_budget)
 
 
 def anonymous_bytes() -> int:

@@ -29,7 +29,7 @@ from streamquant.errors import StreamquantError
 from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
-from streamquant.report import Report
+from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
 
 MEBIBYTE = 1 << 20
 PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
@@ -148,6 +148,10 @@ class Bar(Silent):
         self._bar.update(self._task, total=plan.source_bytes, completed=done_bytes)
         self._bar.start_task(self._task)
 
+    def finished(self, layer: LayerResult) -> None:
+        if line := layer_line(layer):
+            self.console.print(line, no_wrap=True, overflow="ellipsis")
+
     def progress(self, unit: Unit, source_bytes: int) -> None:
         memory = _memory(self._budget)
         self._bar.update(self._task, advance=source_bytes, memory=memory, tensor=escape(printable(unit.key, 40)))
@@ -167,6 +171,10 @@ class PlainLines(Silent):
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._done, self._total = done_bytes, plan.source_bytes
         self._skipped, self._budget = done_bytes, tiles.memory_budget
+
+    def finished(self, layer: LayerResult) -> None:
+        if line := layer_line(layer):
+            self.console.print(line, soft_wrap=True)
 
     def progress(self, unit: Unit, source_bytes: int) -> None:
         self._done += source_bytes
@@ -197,6 +205,10 @@ class JsonLines(Silent):
         self._done, self._total = done_bytes, plan.source_bytes
         self.screen.line("started", total_bytes=self._total, done_bytes=done_bytes, output_bytes=plan.output_size)
 
+    def finished(self, layer: LayerResult) -> None:
+        if layer.knowledge:
+            self.screen.line("layer", **asdict(layer))
+
     def progress(self, unit: Unit, source_bytes: int) -> None:
         self._done += source_bytes
         now = time.monotonic()
@@ -219,8 +231,11 @@ def _memory(budget: int) -> str:
 def report_view(report: Report) -> list[Table | Text]:
     """The table at the end of a conversion."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("format")
-    for heading in ("layers", "in", "out", "ratio", "mean relative error"):
+    table.add_column("format", no_wrap=True)
+    # With learned rounding there are two errors, and 80 columns have no room for the ratio.
+    learned = any(layer.output_error_before is not None for layer in report.layers)
+    headings = ["weight error", "output error"] if learned else ["ratio", "mean relative error"]
+    for heading in ["layers", "in", "out", *headings]:
         table.add_column(heading, justify="right")
     for summary in report.by_format():
         error = summary.mean_relative_error
@@ -229,19 +244,39 @@ def report_view(report: Report) -> list[Table | Text]:
             str(summary.layers),
             decimal(summary.source_bytes),
             decimal(summary.output_bytes),
-            _ratio(summary.output_bytes, summary.source_bytes),
+            *([] if learned else [_ratio(summary.output_bytes, summary.source_bytes)]),
             "" if error is None else f"{error:.4f}",
+            *([before_and_after(summary)] if learned else []),
         )
     table.add_section()
     table.add_row(
         "file", str(len(report.layers)), decimal(report.source_bytes), decimal(report.output_bytes),
-        _ratio(report.output_bytes, report.source_bytes), "", style="bold",
+        "" if learned else _ratio(report.output_bytes, report.source_bytes), "", style="bold",
     )  # fmt: skip
     speed = decimal(int(report.source_bytes / max(report.seconds, 1e-9)))
     peak = report.peak_anonymous_bytes // MEBIBYTE
     lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
+    if learned:
+        lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
     lines += [Text(printable(str(path), 4096), style="green") for path in _few(report.outputs)]
     return [table, *lines]
+
+
+def before_and_after(result: LayerResult | FormatSummary) -> str:
+    """The estimated output error, rounded to nearest and as written."""
+    if result.output_error_before is None:
+        return ""
+    return f"{result.output_error_before:.4f} → {result.output_error_after:.4f}"
+
+
+def layer_line(layer: LayerResult, width: int = 48) -> Text | None:
+    """What a person is told of a layer whose rounding was learned; None of all others."""
+    if layer.knowledge in ("", NEAREST, SEARCHED):
+        return None
+    return Text.assemble(
+        (printable(layer.key, width).ljust(width), "bold"), f"  {layer.format:16} ", before_and_after(layer),
+        (f"  {layer.knowledge}", "dim"),
+    )  # fmt: skip
 
 
 def _few(paths: list[Path]) -> list[Path]:

@@ -33,10 +33,10 @@ def convert_to_bnb_4bit(
     """Convert a checkpoint to bitsandbytes 4-bit, with layers of another format where `custom_layers` finds them.
 
     input, output: paths. quant_type: "nf4" or "fp4". blocksize: weights per absmax. exclude_layers, custom_layers: regular
-    expressions searched in layer names. custom_type: "fp8", "int8", "nf4", "fp4". custom_simple: round them to nearest
-    (as is done so far in any case). custom_heur: keep custom layers too small for the block. comfy_quant: mark 4-bit
-    layers for ComfyUI too. named: `double_quant`, `preset` (a name or a sequence of names), and fields of
-    `streamquant.transcode.Options`. Raises StreamquantError.
+    expressions searched in layer names. custom_type: "fp8", "int8", "nf4", "fp4". custom_simple: round them to
+    nearest. custom_heur: keep custom layers too small for the block. comfy_quant: mark 4-bit
+    layers for ComfyUI too. named: `double_quant`, `rounding`, `calibration`, `preset` (a name or a sequence of names), and
+    fields of `streamquant.transcode.Options`. Raises StreamquantError.
     """
     return create_converter_for_format(
         quant_type,
@@ -51,6 +51,8 @@ def convert_to_bnb_4bit(
         custom_heur=custom_heur,
         comfy_quant=comfy_quant,
         preset=named.pop("preset", "auto"),
+        rounding=named.pop("rounding", "learned"),
+        calibration=named.pop("calibration", None),
     )(input, output, **named)
 
 
@@ -69,23 +71,28 @@ def create_converter_for_format(
     custom_heur: bool = False,
     comfy_quant: bool = False,
     preset: str | tuple[str, ...] | list[str] = "auto",
+    rounding: str = "learned",
+    calibration: str | Path | None = None,
 ) -> Callable[..., Report]:
     """A function (input, output, **options) -> Report that converts to `fmt` ("fp8", "int8", "nf4", "fp4", "fp8_e5m2").
 
-    The other arguments are those of `convert_to_bnb_4bit`. Raises UsageError at once where they contradict.
+    rounding, calibration: of `streamquant.recipe`'s FormatChoice and Recipe. The other arguments are those of
+    `convert_to_bnb_4bit`. Raises UsageError at once where they contradict.
     """
     if fmt not in KINDS[:-1]:
         raise UsageError(f"There is no format {fmt!r}: take one of {', '.join(KINDS[:-1])}.")
     custom = None
     if custom_type is not None:
-        custom = FormatChoice(custom_type, custom_scaling_mode, custom_block_size, heur=custom_heur)
+        custom_rounding = "simple" if custom_simple and rounding == "learned" else rounding
+        custom = FormatChoice(custom_type, custom_scaling_mode, custom_block_size, False, custom_rounding, custom_heur)
     recipe = Recipe(
-        base=FormatChoice(fmt, scaling_mode, block_size, double_quant),
+        base=FormatChoice(fmt, scaling_mode, block_size, double_quant, rounding),
         custom_layers=custom_layers,
         custom=custom,
         exclude_layers=exclude_layers,
         preset=(preset,) if isinstance(preset, str) else tuple(preset),
         comfy_quant=comfy_quant,
+        calibration=calibration,
     )
 
     def converter(input: str | Path, output: str | Path, **options: Any) -> Report:

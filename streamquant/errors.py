@@ -166,6 +166,12 @@ class NonFiniteError(StreamquantError):
     exit_code = 8
 
 
+class CalibrationError(StreamquantError):
+    """A calibration file is not one, is damaged, or does not fit: the layer, the other file, or the model."""
+
+    exit_code = 10
+
+
 class RunError(StreamquantError):
     """The conversion stopped half-way; the partial file is kept and `--resume` goes on from it."""
 
@@ -192,3 +198,9 @@ class InterruptedRunError(RunError):
     """Ctrl-C or SIGTERM: stopped cleanly at a tile, resumable."""
 
     exit_code = 130
+
+
+class UnsoundOutputError(StreamquantError):
+    """Verified, and not sound: the findings name each fault."""
+
+    exit_code = 11

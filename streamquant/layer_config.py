@@ -51,10 +51,13 @@ class Entry(msgspec.Struct, forbid_unknown_fields=True):
     block_size: int | None = None
     double_quant: bool = False
     heur: bool = False
+    rounding: str | None = None
+    convrot: bool | None = None
+    convrot_group_size: int | None = None
 
 
-def read_layer_config(path: str | Path) -> tuple[tuple[str, FormatChoice], ...]:
-    """The (regular expression, choice) pairs of a file, in its order.
+def read_layer_config(path: str | Path, rounding: str = "learned") -> tuple[tuple[str, FormatChoice], ...]:
+    """The (regular expression, choice) pairs of a file, in its order. rounding: of entries that do not name one.
 
     Raises LayerConfigError when the file cannot be read, is neither TOML nor JSON, or an entry is not understood.
     """
@@ -70,7 +73,7 @@ def read_layer_config(path: str | Path) -> tuple[tuple[str, FormatChoice], ...]:
         raise LayerConfigError(f"The layer config {path} is not valid {kind}: {error}.") from None
     if not isinstance(table, dict) or not table:
         raise LayerConfigError(f"The layer config {path} must be a table from regular expression to format.")
-    return tuple((pattern, _choice(path, pattern, value)) for pattern, value in table.items())
+    return tuple((pattern, _choice(path, pattern, value, rounding)) for pattern, value in table.items())
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -82,13 +85,22 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _choice(path: Path, pattern: str, value: object) -> FormatChoice:
+def _choice(path: Path, pattern: str, value: object, rounding: str) -> FormatChoice:
     try:
         entry = msgspec.convert({"format": value} if isinstance(value, str) else value, Entry)
         kind, mode = DISK_NAMES.get(entry.format, (entry.format, None))
         if kind not in KINDS:
             known = ", ".join([*KINDS, *DISK_NAMES])
             raise UsageError(f"there is no format {entry.format!r}, take one of {known}.")
-        return FormatChoice(kind, entry.scaling_mode or mode, entry.block_size, entry.double_quant, heur=entry.heur)
+        return FormatChoice(
+            kind,
+            entry.scaling_mode or mode,
+            entry.block_size,
+            entry.double_quant,
+            entry.rounding or rounding,
+            entry.heur,
+            entry.convrot,
+            entry.convrot_group_size,
+        )
     except (msgspec.ValidationError, UsageError) as error:
         raise LayerConfigError(f"The layer config {path}, entry {pattern!r}: {str(error).rstrip('.')}.") from None

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from streamquant.budget import TileSizes
 from streamquant.plan import Plan, Unit
+from streamquant.report import LayerResult
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class Observer(Protocol):
     def progress(self, unit: Unit, source_bytes: int) -> None:
         """`source_bytes` more of the source have become output; `unit` is in hand."""
 
+    def finished(self, layer: LayerResult) -> None:
+        """A source tensor is done."""
+
 
 class Silent:
     """An observer that looks away."""
@@ -63,3 +67,5 @@ class Silent:
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None: ...
 
     def progress(self, unit: Unit, source_bytes: int) -> None: ...
+
+    def finished(self, layer: LayerResult) -> None: ...

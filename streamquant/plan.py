@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from streamquant.checkpoint.reader import Checkpoint, SourceTensor, open_checkpo
 from streamquant.formats import Format, Output
 from streamquant.formats.base import json_output
 from streamquant.formats.plain import Cast, Copy
-from streamquant.recipe import Decision, Recipe, Rules
+from streamquant.presets import Preset
+from streamquant.recipe import CONVROT_GROUP_SIZES, Decision, FormatChoice, Recipe, Rules
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 QUANTIZED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4", "F6_E2M3", "F6_E3M2")
@@ -44,6 +45,7 @@ class Unit:
     granularity: int
     rule: str
     reason: str | None
+    choice: FormatChoice | None = None
 
     @property
     def key(self) -> str:
@@ -86,6 +88,7 @@ class Plan:
 
     units: in the order in which they are processed. placement: output tensor name -> (file number, byte offset in the
     file, bytes). removed: source tensors left out, with the reason. notes: what a person should know before it starts.
+    presets, prefix: those in force and the one recognised, and what the checkpoint's names carry before their own.
     """
 
     checkpoint: Checkpoint
@@ -97,6 +100,13 @@ class Plan:
     placement: dict[str, tuple[int, int, int]]
     index_name: str | None
     notes: tuple[str, ...] = field(default=())
+    presets: tuple[Preset, ...] = ()
+    prefix: str = ""
+
+    @property
+    def name(self) -> str:
+        """The output's file name; of shards, the one they are numbered after."""
+        return self.index_name.removesuffix(".index.json") if self.index_name else self.files[0].name
 
     @property
     def output_size(self) -> int:
@@ -137,11 +147,12 @@ class Plan:
 
 
 def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name: str = "model.safetensors",
-         shard_size: int | None = None) -> Plan:  # fmt: skip
+         shard_size: int | None = None, unrotated: frozenset[str] = frozenset()) -> Plan:  # fmt: skip
     """Plan a conversion from headers alone.
 
     source: a path as for `open_checkpoint`, or an opened checkpoint. name: the output's file name. shard_size: bytes a
-    shard may hold (a larger layer gets a shard of its own); None writes one file. Raises PatternError when a regular
+    shard may hold (a larger layer gets a shard of its own); None writes one file. unrotated: layers left to us that are
+    better as they are (no byte of the layout depends on it). Raises PatternError when a regular
     expression finds no candidate, NothingToConvertError when no layer would be quantized.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -152,7 +163,7 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
         if reason := rules.removes(tensor.name):
             removed[tensor.name] = reason
         else:
-            units.append(_make_unit(len(units), tensor, rules))
+            units.append(_make_unit(len(units), tensor, rules, unrotated))
     _complain_about_unmatched(rules, checkpoint, removed)
     if all(isinstance(unit.format, Copy) for unit in units):
         raise errors.NothingToConvertError(_nothing_sentence(checkpoint, units))
@@ -168,23 +179,33 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     index_name = f"{name.removesuffix('.safetensors')}.safetensors.index.json" if len(groups) > 1 else None
     architecture = rules.recognised.title
     notes = _notes(units, removed, rules)
-    return Plan(checkpoint, recipe, architecture, tuple(units), removed, tuple(files), placement, index_name, notes)
+    known = tuple(dict.fromkeys((*rules.presets, rules.recognised)))
+    return Plan(
+        checkpoint, recipe, architecture, tuple(units), removed, tuple(files), placement, index_name, notes, known,
+        rules.prefix,
+    )  # fmt: skip
 
 
-def _make_unit(index: int, tensor: SourceTensor, rules: Rules) -> Unit:
+def _make_unit(index: int, tensor: SourceTensor, rules: Rules, unrotated: frozenset[str]) -> Unit:
     info = tensor.info
     layer = info.name.removesuffix(".weight")
     decision = _decide(tensor, layer, rules)
     chosen, reason = _choose_format(decision, tensor, rules)
     if chosen is None:
         return _plain_unit(index, tensor, layer, decision.rule, reason, rules.recipe.cast)
-    outputs = list(chosen.outputs(info.shape, info.dtype))
     marker = chosen.comfy_quant()
+    room = len(json.dumps(marker))
+    if layer in unrotated:
+        chosen = replace(chosen, convrot_group_size=0)
+        marker = chosen.comfy_quant()
+    outputs = list(chosen.outputs(info.shape, info.dtype))
     if marker and (chosen.in_quantization_metadata() or rules.recipe.comfy_quant):
-        outputs.append(json_output("comfy_quant", marker))
+        outputs.append(json_output("comfy_quant", marker, room))
     granularity = chosen.granularity(info.shape, info.dtype)
-    element_bytes = info.nbytes // info.elements
-    return Unit(index, tensor, layer, chosen, tuple(outputs), info.elements, element_bytes, granularity, decision.rule, reason)
+    return Unit(
+        index, tensor, layer, chosen, tuple(outputs), info.elements, info.nbytes // info.elements, granularity,
+        decision.rule, reason, decision.choice,
+    )  # fmt: skip
 
 
 def _decide(tensor: SourceTensor, layer: str, rules: Rules) -> Decision:
@@ -208,6 +229,11 @@ def _choose_format(decision: Decision, tensor: SourceTensor, rules: Rules) -> tu
     if small := decision.choice.too_small(shape):
         return None, small
     wanted = decision.choice.format
+    if rotation := decision.choice.rotation(shape[1]):
+        wanted = replace(wanted, convrot_group_size=rotation)
+    elif decision.choice.convrot:
+        sizes = decision.choice.convrot_group_size or " or ".join(map(str, reversed(CONVROT_GROUP_SIZES)))
+        return wanted, f"{shape[1]} columns are not divisible into groups of {sizes}: not rotated"
     if wanted is None or not (misfit := wanted.misfit(shape)):
         return wanted, None
     fallback = wanted.fallback()
@@ -318,7 +344,10 @@ def _plan_file(
     metadata.setdefault("format", "pt")
     metadata.pop(QUANTIZATION_KEY, None)  # the source's may list layers of other shards, or that are left out
     if layers := _quantization_layers(units, inherited):
-        metadata[QUANTIZATION_KEY] = json.dumps({"format_version": "1.0", "layers": layers})
+        metadata[QUANTIZATION_KEY] = _quantization_metadata(layers)
+        # Which rows of INT8 are rotated is known after the layout is: spaces take the place of what an entry lacks.
+        longest = _quantization_metadata(layers | {unit.layer: marker for unit in units if (marker := _rotated_marker(unit))})
+        metadata[QUANTIZATION_KEY] += " " * (len(json.dumps(longest)) - len(json.dumps(metadata[QUANTIZATION_KEY])))
     provenance = {
         "tool": "streamquant",
         "version": __version__,
@@ -332,6 +361,16 @@ def _plan_file(
     header = build_header(tensors, metadata)
     marker = json.dumps(opening, ensure_ascii=False)[1:-1].encode()
     return PlannedFile(name, header, tuple(tensors), header.index(marker) + len(marker))
+
+
+def _quantization_metadata(layers: dict[str, Any]) -> str:
+    return json.dumps({"format_version": "1.0", "layers": layers})
+
+
+def _rotated_marker(unit: Unit) -> dict[str, Any] | None:
+    """What a layer of INT8 rows carries if it is rotated, None for every other layer."""
+    rotation = unit.choice.rotation(unit.shape[1]) if unit.quantized and unit.choice else 0
+    return replace(unit.format, convrot_group_size=rotation).comfy_quant() if rotation else None
 
 
 def _quantization_layers(units: list[Unit], inherited: dict[str, Any]) -> dict[str, Any]:

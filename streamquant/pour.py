@@ -24,11 +24,14 @@ from streamquant.budget import TileSizes, anonymous_bytes
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import TileReader
 from streamquant.formats import Encoded, Encoder, Fill
+from streamquant.formats.base import OutputErrors
 from streamquant.formats.plain import to_float32
 from streamquant.kernels import ErrorSums, select
 from streamquant.options import Observer, Options
 from streamquant.plan import Plan, Unit
 from streamquant.prefetch import Prefetcher
+from streamquant.report import layer_result
+from streamquant.rounding.knowledge import LayerKnowledge
 from streamquant.session import Session, prefix_hashers
 
 SYNC_BYTES = 128 << 20  # how much may be written before it is made durable; costs nothing, the disk is busy anyway
@@ -36,14 +39,19 @@ FILL_CHUNK = 1 << 20
 
 
 class Work:
-    """A unit being converted: its encoder, a running hash per streamed output, its error sums."""
+    """A unit being converted: its encoder, a running hash per streamed output, its error sums.
+
+    preparation: what decides its rounding, being made.
+    """
 
     def __init__(self, unit: Unit):
         self.unit = unit
         self.encoder: Encoder = unit.format.encoder(unit.shape, unit.dtype)
+        self.preparation: Future | None = None
         self.streamed = [output for output in unit.outputs if output.streamed]
         self.hashers = [xxhash.xxh3_64() for _ in self.streamed]
         self.sums = ErrorSums()
+        self.output = OutputErrors()
         self.begin = 0
         self.observes = self.encoder.passes == 2  # whether a first pass is part of this run
         self.learned = not self.observes
@@ -58,6 +66,7 @@ class Work:
         self.begin = record["end"]
         self.skip_first_pass(record["state"])
         self.sums = ErrorSums(*record["sums"])
+        self.output = OutputErrors(*record["output"])
         self.hashers = list(prefix_hashers(session, self.unit, self.streamed, self.begin))
 
 
@@ -76,8 +85,10 @@ class Pour:
     """One run of the loop over all units that are not done yet."""
 
     def __init__(self, plan: Plan, session: Session, reader: TileReader, prefetcher: Prefetcher, options: Options,
-                 device: str, tiles: TileSizes, observer: Observer, stop: threading.Event):  # fmt: skip
+                 device: str, tiles: TileSizes, knowledge: LayerKnowledge, observer: Observer,
+                 stop: threading.Event):  # fmt: skip
         self.plan, self.session, self.options, self.device = plan, session, options, device
+        self.knowledge = knowledge
         self.reader, self.prefetcher = reader, prefetcher
         self.tiles, self.observer, self.stop = tiles, observer, stop
         self.peak = anonymous_bytes()
@@ -115,6 +126,8 @@ class Pour:
                 self.observer.progress(unit, work.begin * unit.element_bytes)
             elif work.observes and unit.index in self.session.learned:
                 work.skip_first_pass(self.session.learned[unit.index])
+            if self.knowledge.origin(unit):
+                work.preparation = self.pool.submit(self.knowledge.converter, unit)
             if work.observes:
                 yield work, True
             if waiting is not None:
@@ -125,6 +138,8 @@ class Pour:
 
     def _hand_out(self, work: Work, observing: bool) -> None:
         """Submit the tiles of one pass over one unit, committing finished ones to stay within the budget."""
+        if work.preparation is not None:
+            work.encoder.rounding = self._prepared(work.preparation)
         while not observing and not work.learned:
             self._commit_next()
         unit, size = work.unit, self.tiles.elements[work.unit.index]
@@ -137,6 +152,15 @@ class Pour:
             end = min(begin + size, unit.elements)
             future = self.pool.submit(self._compute, work, begin, end, observing)
             self._in_flight.append(Tile(work, begin, end, observing, future))
+
+    def _prepared(self, preparation: Future) -> Any:
+        """Wait for a layer's converter, committing what finishes meanwhile."""
+        while not wait_for([preparation], timeout=0.2).done:
+            if self.stop.is_set():
+                self._halt()
+            if self._in_flight and self._in_flight[0].future.done():
+                self._commit_next()
+        return preparation.result()
 
     def _drain(self) -> None:
         while self._in_flight:
@@ -152,7 +176,7 @@ class Pour:
             learned, finite = encoder.observe(backend, tile)
             self._refuse_nonfinite(unit, finite, raw, begin)
             return learned
-        encoded = encoder.encode(backend, tile)
+        encoded = encoder.encode(backend, tile, begin)
         self._refuse_nonfinite(unit, encoded.finite, raw, begin)
         for output, payload in zip(work.streamed, encoded.payloads, strict=True):
             number, offset, _ = self.plan.placement[unit.output_name(output)]
@@ -224,6 +248,7 @@ class Pour:
             self._unsynced += payload.nbytes
         work.encoder.commit(encoded)
         work.sums.add(encoded.sums.error, encoded.sums.weight)
+        work.output.add(encoded.output.before, encoded.output.after, encoded.output.energy)
         if not work.observes:
             self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
         if tile.end < unit.elements:
@@ -233,6 +258,7 @@ class Pour:
                     "end": tile.end,
                     "state": work.encoder.state(),
                     "sums": [work.sums.error, work.sums.weight],
+                    "output": [work.output.before, work.output.after, work.output.energy],
                     "digests": [hasher.hexdigest() for hasher in work.hashers],
                 }
             )
@@ -250,9 +276,11 @@ class Pour:
             hasher = running.get(output.suffix) if data is None else self._write_whole(unit.output_name(output), data)
             hashes.append(hasher.hexdigest())
         sums = [work.sums.error, work.sums.weight]
-        record = {"unit": unit.index, "hashes": hashes, "sums": sums}
+        output = [work.output.before, work.output.after, work.output.energy]
+        record = {"unit": unit.index, "hashes": hashes, "sums": sums, "output": output}
         self.session.journal.append(record)
         self.session.done[unit.index] = record
+        self.observer.finished(layer_result(self.plan, unit, self.knowledge.origin(unit), record))
         self.reader.release(unit.source)
         self._publish_complete(unit)
 

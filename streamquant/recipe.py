@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from streamquant import formats, presets
-from streamquant.errors import UsageError
+from streamquant.checkpoint.header import printable
+from streamquant.errors import CalibrationError, UsageError
 from streamquant.formats import Format
 from streamquant.patterns import Pattern
 
@@ -18,22 +22,31 @@ KINDS = ("fp8", "fp8_e5m2", "int8", "nf4", "fp4", "keep")
 DEFAULT_MODE = {"fp8": "tensor", "fp8_e5m2": "tensor", "int8": "row"}
 DEFAULT_BLOCK_SIZE = {"fp8": 128, "int8": 128, "nf4": 64, "fp4": 64}
 LEGAL_MODES = {"fp8": ("tensor", "row", "block", "block3d"), "fp8_e5m2": ("tensor",), "int8": ("tensor", "row", "block")}
-ROUNDINGS = ("nearest",)
+# learned: codes that lower the output error, where the layer's inputs are known; scales of least error everywhere.
+# simple: nearest, with scales of least error. rtn: nearest, with the scales that absmax gives.
+ROUNDINGS = ("learned", "simple", "rtn")
+CONVROT_GROUP_SIZES = (256, 64)  # tried in this order where none is given
+CALIBRATION_MODES = ("sketch", "dense")
+OBJECTIVES = ("output", "svd")
 
 
 @dataclass(frozen=True)
 class FormatChoice:
     """A format and its parameters as a person names them; None takes the format's own default.
 
-    kind: one of KINDS; "keep" leaves the layer as it is. heur: leave layers too small or unaligned for the block.
+    kind: one of KINDS; "keep" leaves the layer as it is. rounding: one of ROUNDINGS. heur: leave layers too small or
+    unaligned for the block. convrot: whether INT8 rows are stored rotated; None decides layer by layer, for the lower
+    error. convrot_group_size: columns rotated together, a power of 4; None takes 256, or 64 where that does not divide.
     """
 
     kind: str = "fp8"
     scaling_mode: str | None = None
     block_size: int | None = None
     double_quant: bool = False
-    rounding: str = "nearest"
+    rounding: str = "learned"
     heur: bool = False
+    convrot: bool | None = None
+    convrot_group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -54,6 +67,24 @@ class FormatChoice:
             raise UsageError(f"Double quantization belongs to nf4 and fp4, not to {self.kind}.")
         if self.rounding not in ROUNDINGS:
             raise UsageError(f"There is no rounding {self.rounding!r}: take one of {', '.join(ROUNDINGS)}.")
+        if self.convrot and not self._has_rows_of_int8:
+            raise UsageError("ConvRot belongs to INT8 with row scales: take --int8 without another scaling mode.")
+        group = self.convrot_group_size
+        if group is not None and not (group >= 4 and group & (group - 1) == 0 and group.bit_length() % 2 == 1):
+            raise UsageError(f"A ConvRot group size must be a power of 4 (16, 64, 256, 1024), not {group}.")
+
+    @property
+    def _has_rows_of_int8(self) -> bool:
+        return self.kind == "int8" and self.scaling_mode in (None, "row")
+
+    def rotation(self, in_features: int) -> int:
+        """Columns that are rotated together, if the rows are rotated at all; 0 where no group divides in_features."""
+        if not self._has_rows_of_int8 or self.convrot is False:
+            return 0
+        if self.convrot is None and self.rounding == "rtn":
+            return 0
+        sizes = CONVROT_GROUP_SIZES if self.convrot_group_size is None else (self.convrot_group_size,)
+        return next((size for size in sizes if in_features % size == 0), 0)
 
     @property
     def effective_block_size(self) -> int:
@@ -107,6 +138,9 @@ class FormatChoice:
         if self.format:
             described |= self.format.parameters()
             described["rounding"] = self.rounding
+        if self._has_rows_of_int8:
+            described["convrot"] = "auto" if self.convrot is None else self.convrot
+            described["convrot_group_size"] = self.convrot_group_size
         return described | ({"heur": True} if self.heur else {})
 
 
@@ -129,8 +163,24 @@ class Recipe:
     cast: str | None = None
     allow_nonfinite: bool = False
     seed: int = 0
+    calibration: str | Path | None = None
+    calibration_mode: str = "sketch"
+    calibration_rank: int = 64
+    sweeps: int = 0
+    structure: bool = False
+    objective: str = "output"
 
     def __post_init__(self) -> None:
+        if self.calibration_mode not in CALIBRATION_MODES:
+            raise UsageError(f"There is no calibration mode {self.calibration_mode!r}: take sketch or dense.")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"There is no objective {self.objective!r}: take output or svd.")
+        if self.calibration_rank < 1 or self.sweeps < 0:
+            raise UsageError("A calibration rank is at least 1, and a number of sweeps at least 0.")
+        if self.objective == "svd" and (self.calibration or self.structure):
+            raise UsageError("--objective svd looks at the weight alone: leave out --calibration and --structure.")
+        if self.calibration_mode == "dense" and not self.calibration:
+            raise UsageError("--calibration-mode dense needs --calibration FILE.")
         if self.custom_layers is not None and self.custom is None:
             raise UsageError("--custom-layers needs --custom-type: say which format those layers become.")
         if self.custom is not None and self.custom_layers is None:
@@ -151,7 +201,31 @@ class Recipe:
             "cast": self.cast,
             "allow_nonfinite": self.allow_nonfinite,
             "seed": self.seed,
+            "learned": {
+                "calibration_xxh3_64": self.calibration_hash,
+                "calibration_mode": self.calibration_mode,
+                "calibration_rank": self.calibration_rank,
+                "sweeps": self.sweeps,
+                "structure": self.structure,
+                "objective": self.objective,
+            },
         }
+
+    @functools.cached_property
+    def calibration_hash(self) -> str | None:
+        """xxh3_64 of the calibration file, in hex: its name says nothing of what is in it."""
+        if self.calibration is None:
+            return None
+        hasher = xxhash.xxh3_64()
+        try:
+            with open(self.calibration, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    hasher.update(chunk)
+        except OSError as error:
+            raise CalibrationError(
+                f"{printable(str(self.calibration), 300)}: the calibration file cannot be read ({error.strerror})."
+            ) from error
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)

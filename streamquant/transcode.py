@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from streamquant import errors
 from streamquant.budget import TileSizes, anonymous_bytes, tile_sizes
@@ -21,7 +22,9 @@ from streamquant.pour import Pour
 from streamquant.prefetch import Prefetcher
 from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.recipe import Recipe
-from streamquant.report import LayerResult, Report
+from streamquant.report import Report, layer_result
+from streamquant.rounding.hadamard import unrotated_layers
+from streamquant.rounding.knowledge import LayerKnowledge
 from streamquant.session import open_session
 
 
@@ -47,14 +50,17 @@ def convert(
     started = time.monotonic()
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     plan = make_plan(checkpoint, recipe, name=destination.name, shard_size=options.shard_size)
-    # Reading ahead begins here: the disk then works while the kernels are still being loaded.
+    # Reading ahead begins here: the disk then works while the kernels are still being loaded. What learned rounding
+    # factorizes must not depend on how many cores there are, hence one thread for each product; there are workers enough.
     with (
+        threadpool_limits(1, "blas"),
         TileReader(checkpoint, options.effective_io) as reader,
         Prefetcher(_source_ranges(plan, reader)) as prefetcher,
     ):
         device = resolve_device(options.device)
-        tiles = plan_tiles(plan, options, device)
-        for note in plan.notes:
+        plan, knowledge = _learn(plan, reader, options)
+        tiles = plan_tiles(plan, options, device, knowledge)
+        for note in (*plan.notes, *knowledge.notes()):
             observer.note(note)
         fingerprint = plan.fingerprint() | {"device": device_class(device)}
         session = open_session(
@@ -65,8 +71,9 @@ def convert(
             outputs.append(destination.with_name(plan.index_name))
         if session is None:
             observer.note("The output is complete already: nothing to do.")
-            return _report(plan, outputs, {}, time.monotonic() - started, True, anonymous_bytes())
-        pour = Pour(plan, session, reader, prefetcher, options, device, tiles, observer, stop or threading.Event())
+            return _report(plan, knowledge, outputs, {}, time.monotonic() - started, True, anonymous_bytes())
+        stop = stop or threading.Event()
+        pour = Pour(plan, session, reader, prefetcher, options, device, tiles, knowledge, observer, stop)
         try:
             pour.run()
             if plan.index_name:
@@ -78,7 +85,17 @@ def convert(
             session.close()
             raise
         session.finish()
-    return _report(plan, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)
+    return _report(plan, knowledge, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)
+
+
+def _learn(plan: Plan, reader: TileReader, options: Options) -> tuple[Plan, LayerKnowledge]:
+    """What is known of the layers' inputs, and the plan once it is decided which rows of INT8 are rotated."""
+    knowledge = LayerKnowledge(plan, reader)
+    if unrotated := unrotated_layers(plan, reader, knowledge.hessian):
+        name = plan.name
+        plan = make_plan(plan.checkpoint, plan.recipe, name=name, shard_size=options.shard_size, unrotated=unrotated)
+        knowledge.plan = plan
+    return plan, knowledge
 
 
 def _source_ranges(plan: Plan, reader: TileReader) -> list[tuple[int, int, int]]:
@@ -100,30 +117,29 @@ def dry_run(
     options, destination = options or Options(), Path(destination)
     plan = make_plan(source, recipe, name=destination.name, shard_size=options.shard_size)
     check_destination(plan, destination, options.force or options.resume)
-    return plan, plan_tiles(plan, options, resolve_device(options.device)), free_disk(destination.parent)
+    with TileReader(plan.checkpoint, options.effective_io) as reader:
+        knowledge = LayerKnowledge(plan, reader, look=False)
+        tiles = plan_tiles(plan, options, resolve_device(options.device), knowledge)
+    plan = replace(plan, notes=(*plan.notes, *knowledge.notes()))
+    return plan, tiles, free_disk(destination.parent)
 
 
-def plan_tiles(plan: Plan, options: Options, device: str) -> TileSizes:
+def plan_tiles(plan: Plan, options: Options, device: str, knowledge: LayerKnowledge | None = None) -> TileSizes:
     """Tile sizes under the options' budgets. Raises BudgetError when a layer cannot be cut small enough."""
     backend = "torch" if device != "cpu" or why_no_jit() else "numba"
     vram = None if device == "cpu" else options.vram_budget or (2 << 30)
-    return tile_sizes(plan, options.memory_budget, options.effective_threads, options.effective_io, backend, vram)
+    learned = {unit.index: needs for unit in plan.units if knowledge and (needs := knowledge.needs(unit))}
+    budget, threads = options.memory_budget, options.effective_threads
+    return tile_sizes(plan, budget, threads, options.effective_io, backend, vram, learned)
 
 
 def _report(
-    plan: Plan, outputs: list[Path], done: dict[int, dict[str, Any]], seconds: float, resumed: bool, peak: int
-) -> Report:
-    layers = []
-    for unit in plan.units:
-        error, weight = done.get(unit.index, {}).get("sums", (0.0, 0.0))
-        measured = unit.format.name != "copy" and unit.index in done and math.isfinite(error)
-        relative = math.sqrt(error / weight) if measured and weight else (0.0 if measured else None)
-        layers.append(
-            LayerResult(
-                unit.key, unit.format.name, unit.rule, unit.reason, unit.source.info.nbytes, plan.output_bytes(unit), relative
-            )
-        )
+    plan: Plan, knowledge: LayerKnowledge, outputs: list[Path], done: dict[int, dict[str, Any]], seconds: float,
+    resumed: bool, peak: int,
+) -> Report:  # fmt: skip
+    layers = [layer_result(plan, unit, knowledge.origin(unit), done.get(unit.index, {})) for unit in plan.units]
+    notes = (*plan.notes, *knowledge.notes())
     source_bytes = plan.checkpoint.size
     return Report(
-        outputs, plan.architecture, layers, plan.removed, source_bytes, plan.output_size, seconds, resumed, peak, plan.notes
+        outputs, plan.architecture, layers, plan.removed, source_bytes, plan.output_size, seconds, resumed, peak, notes
     )

@@ -112,18 +112,28 @@ def sample() -> dict[str, Tensor]:
 
 # One recipe per format and mode; block sizes that some of the sample's layers fit and some do not.
 EVERY_FORMAT = {
-    "fp8-tensor": Recipe(FormatChoice("fp8")),
-    "fp8-row": Recipe(FormatChoice("fp8", "row")),
-    "fp8-block": Recipe(FormatChoice("fp8", "block", 32)),
-    "fp8-block3d": Recipe(FormatChoice("fp8", "block3d", 32)),
-    "fp8-e5m2": Recipe(FormatChoice("fp8_e5m2")),
-    "int8-tensor": Recipe(FormatChoice("int8", "tensor")),
-    "int8-row": Recipe(FormatChoice("int8", "row")),
-    "int8-block": Recipe(FormatChoice("int8", "block", 32)),
-    "nf4": Recipe(FormatChoice("nf4")),
-    "nf4-double": Recipe(FormatChoice("nf4", block_size=32, double_quant=True)),
-    "fp4": Recipe(FormatChoice("fp4", block_size=128), comfy_quant=True),
-    "fp4-double": Recipe(FormatChoice("fp4", double_quant=True)),
+    "fp8-tensor": Recipe(FormatChoice("fp8", rounding="rtn")),
+    "fp8-row": Recipe(FormatChoice("fp8", "row", rounding="rtn")),
+    "fp8-block": Recipe(FormatChoice("fp8", "block", 32, rounding="rtn")),
+    "fp8-block3d": Recipe(FormatChoice("fp8", "block3d", 32, rounding="rtn")),
+    "fp8-e5m2": Recipe(FormatChoice("fp8_e5m2", rounding="rtn")),
+    "int8-tensor": Recipe(FormatChoice("int8", "tensor", rounding="rtn")),
+    "int8-row": Recipe(FormatChoice("int8", "row", rounding="rtn")),
+    "int8-row-rotated": Recipe(FormatChoice("int8", convrot=True, convrot_group_size=16)),
+    "int8-block": Recipe(FormatChoice("int8", "block", 32, rounding="rtn")),
+    "nf4": Recipe(FormatChoice("nf4", rounding="rtn")),
+    "nf4-double": Recipe(FormatChoice("nf4", block_size=32, double_quant=True, rounding="rtn")),
+    "fp4": Recipe(FormatChoice("fp4", block_size=128, rounding="rtn"), comfy_quant=True),
+    "fp4-double": Recipe(FormatChoice("fp4", double_quant=True, rounding="rtn")),
     "cast-bf16": Recipe(FormatChoice("keep"), cast="BF16"),
-    "cast-fp16": Recipe(FormatChoice("int8"), cast="F16"),
+    "cast-fp16": Recipe(FormatChoice("int8", rounding="rtn"), cast="F16"),
+}
+
+# The same formats with scales of least error: compiled and plain search may differ where two scales are equally good.
+SEARCHED_FORMATS = {
+    "fp8-row-searched": Recipe(FormatChoice("fp8", "row")),
+    "fp8-block-searched": Recipe(FormatChoice("fp8", "block", 32)),
+    "nf4-searched": Recipe(FormatChoice("nf4")),
+    "nf4-double-searched": Recipe(FormatChoice("nf4", block_size=32, double_quant=True)),
+    "int8-row-auto": Recipe(FormatChoice("int8")),
 }

@@ -23,13 +23,13 @@ def _rank(value, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14
 
 
 @njit(**OPTIONS)
-def encode_4bit(flat, block_size, boundaries, pair_codes, ascending_values, packed, absmax, sums):
+def encode_4bit(flat, block_size, boundaries, pair_codes, ascending_values, given, packed, absmax, sums):
     """Blocks of `block_size` elements: absmax, then the nearest code-book value of each element / absmax.
 
     flat [elements]: uint16 (BF16 bits) or float32. boundaries [15] float32, ascending.
     pair_codes [256] uint8: byte of two ranks -> byte of two codes.
     ascending_values [16] float32. packed [ceil(elements / 2)]: uint8, written, first element in the high nibble.
-    absmax [ceil(elements / block_size)]: float32, written. sums [2]: float64, added to.
+    absmax [ceil(elements / block_size)]: float32, written; when `given`, read. sums [2]: float64, added to.
     """
     elements = flat.shape[0]
     b0, b1, b2, b3, b4 = boundaries[0], boundaries[1], boundaries[2], boundaries[3], boundaries[4]
@@ -39,11 +39,12 @@ def encode_4bit(flat, block_size, boundaries, pair_codes, ascending_values, pack
     for block in range(elements // block_size):
         run = flat[block * block_size : (block + 1) * block_size]
         out = packed[block * half : (block + 1) * half]
-        largest = int32(0)
-        for element in range(block_size):
-            largest = max(largest, magnitude_bits(run[element]))
-        block_absmax = bits_float(largest)
-        absmax[block] = block_absmax
+        if not given:
+            largest = int32(0)
+            for element in range(block_size):
+                largest = max(largest, magnitude_bits(run[element]))
+            absmax[block] = bits_float(largest)
+        block_absmax = absmax[block]
         divisor = block_absmax if not block_absmax < SMALLEST_DIVISOR else SMALLEST_DIVISOR
         factor = np.float32(1) / divisor
         for pair in range(half):
@@ -70,10 +71,12 @@ def encode_4bit(flat, block_size, boundaries, pair_codes, ascending_values, pack
     if begin < elements:
         run = flat[begin:]
         out = packed[begin // 2 :]
-        largest = int32(0)
-        for element in range(run.shape[0]):
-            largest = max(largest, magnitude_bits(run[element]))
-        divisor = bits_float(largest)
+        if not given:
+            largest = int32(0)
+            for element in range(run.shape[0]):
+                largest = max(largest, magnitude_bits(run[element]))
+            absmax[elements // block_size] = bits_float(largest)
+        divisor = absmax[elements // block_size]
         divisor = divisor if not divisor < SMALLEST_DIVISOR else SMALLEST_DIVISOR
         absmax[elements // block_size] = divisor
         unit = np.float64(divisor)

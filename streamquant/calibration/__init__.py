@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CalibrationError
+from streamquant.errors import CalibrationError
+
 from .file import Calibration, load, merge
 from .statistics import LayerStatistics
 

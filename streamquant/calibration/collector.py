@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import CalibrationError
+from streamquant.errors import CalibrationError
+
 from .file import Calibration
 from .sketch import DEFAULT_RANK, OVERSAMPLING, probe
 from .statistics import LayerStatistics

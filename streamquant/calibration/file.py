@@ -36,9 +36,8 @@ from pathlib import Path
 import numpy as np
 
 from streamquant.checkpoint.header import build_header, layout, printable, read_header
-from streamquant.errors import CheckpointError, DestinationWriteError
+from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError
 
-from .errors import CalibrationError
 from .statistics import LayerStatistics
 
 FORMAT, VERSION = "streamquant-calibration", "1"

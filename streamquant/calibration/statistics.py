@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import CalibrationError
-from .sketch import low_rank, remainder
+from streamquant.errors import CalibrationError
+
+from .sketch import OVERSAMPLING, low_rank, probe, remainder
+
+EXACT_COLUMNS = 1024  # up to here the eigenvectors of a whole H are found; above, from a sketch of it
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,15 @@ class LayerStatistics:
 
     def low_rank(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """D [N] and V [N, k], float64, with H ≈ diag(D) + V Vᵀ and D > 0. k = rank, or less when less was kept."""
-        if self.hessian is not None:
+        if self.hessian is None:
+            vectors = low_rank(self.sketch, self.seed, rank)
+        elif self.columns <= EXACT_COLUMNS:
             values, axes = np.linalg.eigh(self.hessian.astype(np.float64))
             vectors = axes[:, ::-1][:, :rank] * np.sqrt(np.maximum(values[::-1][:rank], 0.0))
         else:
-            vectors = low_rank(self.sketch, self.seed, rank)
+            width = min(rank + OVERSAMPLING, self.columns)
+            sketch = self.hessian @ probe(self.columns, width, self.seed)
+            vectors = low_rank(sketch, self.seed, rank)
         return remainder(self.diagonal, vectors), vectors
 
     def check(self, name: str) -> None:

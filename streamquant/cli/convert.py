@@ -17,7 +17,7 @@ from streamquant import presets
 from streamquant.cli.words import Size
 from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
-from streamquant.recipe import FormatChoice, Recipe
+from streamquant.recipe import CALIBRATION_MODES, OBJECTIVES, FormatChoice, Recipe
 
 CASTS = {"bf16": "BF16", "fp16": "F16"}
 TYPES = ("fp8", "int8", "nf4", "fp4", "fp8_e5m2")
@@ -35,19 +35,26 @@ def _preset_flags(command: Callable) -> Callable:
 CONVERT_HELP = {
     "Files": [
         ("--input", "the source, instead of naming it first"),
-        ("--output", "default: the source's name with the formats in it"),
-        ("--force --resume", "replace an existing output; go on after an interruption"),
-        ("--shard-size", "write shards of at most this size, with an index"),
-        ("--dry-run", "show the plan; read and write no weight"),
+        ("--output", "[the source's name with the formats in it]"),
+        ("--force --resume", "replace an output; go on after an interruption"),
+        ("--dry-run --shard-size", "only show the plan; write shards of this size"),
     ],
     "Format of every layer that no other rule claims": [
         ("--fp8 --int8 --bnb-4bit", "FP8 E4M3 (default), INT8, bitsandbytes 4-bit"),
-        ("--scaling-mode", "scale per tensor (fp8), row (int8), block, block3d"),
+        ("--scaling-mode", "scale per tensor (fp8), row (int8), block"),
         ("--block-size", "edge of an FP8 or INT8 block [128]"),
         ("--bnb-quant-type", "nf4 or fp4 [nf4]"),
         ("--bnb-blocksize", "weights per absmax, 32 to 4096 [64]"),
-        ("--bnb-double-quant", "store absmax in 8 bits too"),
-        ("--simple --rtn --heur", "round to nearest (always so far); keep small layers"),
+        ("--bnb-double-quant --convrot", "absmax in 8 bits; rotate INT8 [where better]"),
+        ("--convrot-group-size --heur", "[256, or 64]; keep small layers"),
+    ],
+    "Rounding (learned, unless you say otherwise)": [
+        ("--calibration", "what the layers see: streamquant calibration"),
+        ("--calibration-mode", "sketch, or dense: more memory [sketch]"),
+        ("--calibration-rank", "of the sketch [64]"),
+        ("--structure --sweeps", "guess second MLP layers' inputs; sweeps [0]"),
+        ("--simple --rtn", "nearest, scales searched; bare absmax"),
+        ("--objective", "output, or svd for comparison [output]"),
     ],
     "Which layer becomes what (the upper rule wins)": [
         ("--layer-config", "TOML or JSON: regex -> format and parameters"),
@@ -57,11 +64,11 @@ CONVERT_HELP = {
         ("--custom-block-size", "their block size"),
         ("--custom-simple --custom-heur", "--simple and --heur for them"),
         ("--exclude-layers", "layers that stay as they are"),
-        ("--preset", "architecture whose layers stay: auto, none, a name"),
-        ("", "(`streamquant presets` lists them; each is a flag: --flux2)"),
+        ("--preset", "auto, none or a name: `streamquant presets`"),
+        ("", "lists them; each is a flag too: --flux2"),
     ],
     "Output": [
-        ("--comfy-quant", "mark 4-bit layers for ComfyUI (others always are)"),
+        ("--comfy-quant", "mark 4-bit layers for ComfyUI too"),
         ("--cast", "cast floating tensors that stay: bf16 or fp16"),
         ("--allow-nonfinite --seed", "convert NaN and infinity; recorded"),
     ],
@@ -108,6 +115,14 @@ class GroupedHelp(click.Command):
 @click.option("--simple", is_flag=True)
 @click.option("--rtn", is_flag=True)
 @click.option("--heur", is_flag=True)
+@click.option("--convrot/--no-convrot", default=None)
+@click.option("--convrot-group-size", type=int, metavar="N")
+@click.option("--calibration", metavar="FILE")
+@click.option("--calibration-mode", type=click.Choice(CALIBRATION_MODES), default="sketch", metavar="MODE")
+@click.option("--calibration-rank", type=click.IntRange(1), default=64, metavar="K")
+@click.option("--sweeps", type=click.IntRange(0), default=0, metavar="N")
+@click.option("--structure", is_flag=True)
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="output", metavar="WHAT")
 @click.option("--layer-config", metavar="FILE")
 @click.option("--custom-layers", metavar="REGEX")
 @click.option("--custom-type", type=click.Choice(TYPES), metavar="TYPE")
@@ -188,14 +203,23 @@ def _source(given: dict[str, Any]) -> str:
 def recipe_from(given: dict[str, Any]) -> Recipe:
     """The Recipe that a set of flags means. Raises UsageError where they contradict."""
     base_kind = given["base"] or "fp8"
+    rounding = _rounding(given["simple"], given["rtn"])
     if base_kind == "bnb":
         if given["scaling_mode"] or given["block_size"]:
             raise UsageError("--bnb-4bit takes --bnb-blocksize; --scaling-mode and --block-size are for --fp8 and --int8.")
         base = FormatChoice(
-            given["bnb_quant_type"], None, given["bnb_blocksize"], given["bnb_double_quant"], heur=given["heur"]
+            given["bnb_quant_type"], None, given["bnb_blocksize"], given["bnb_double_quant"], rounding, given["heur"]
         )
     else:
-        base = FormatChoice(base_kind, given["scaling_mode"], given["block_size"], heur=given["heur"])
+        base = FormatChoice(
+            base_kind,
+            given["scaling_mode"],
+            given["block_size"],
+            rounding=rounding,
+            heur=given["heur"],
+            convrot=given["convrot"] if _has_int8_rows(base_kind, given["scaling_mode"]) else None,
+            convrot_group_size=given["convrot_group_size"],
+        )
     custom = None
     if given["custom_type"]:
         custom = FormatChoice(
@@ -203,21 +227,41 @@ def recipe_from(given: dict[str, Any]) -> Recipe:
             given["custom_scaling_mode"],
             given["custom_block_size"],
             given["bnb_double_quant"] and given["custom_type"] in ("nf4", "fp4"),
-            heur=given["custom_heur"],
+            _rounding(given["custom_simple"], given["rtn"]),
+            given["custom_heur"],
+            convrot=given["convrot"] if _has_int8_rows(given["custom_type"], given["custom_scaling_mode"]) else None,
+            convrot_group_size=given["convrot_group_size"],
         )
+    if given["convrot"] and not any(choice and choice.convrot for choice in (base, custom)):
+        raise UsageError("--convrot is for INT8 with row scales: give --int8, or --custom-type int8.")
     names = (*given["preset_names"], *given["preset_flags"])
     return Recipe(
         base=base,
         custom_layers=given["custom_layers"],
         custom=custom,
         exclude_layers=given["exclude_layers"],
-        layer_config=read_layer_config(given["layer_config"]) if given["layer_config"] else (),
+        layer_config=read_layer_config(given["layer_config"], rounding) if given["layer_config"] else (),
         preset=tuple(dict.fromkeys(names)) or ("auto",),
         comfy_quant=given["comfy_quant"],
         cast=CASTS.get(given["cast"]),
         allow_nonfinite=given["allow_nonfinite"],
         seed=given["seed"],
+        calibration=given["calibration"],
+        calibration_mode=given["calibration_mode"],
+        calibration_rank=given["calibration_rank"],
+        sweeps=given["sweeps"],
+        structure=given["structure"],
+        objective=given["objective"],
     )
+
+
+def _rounding(simple: bool, rtn: bool) -> str:
+    """--simple and --rtn as a rounding; the plainer one wins, for whoever asks for both wants nothing learned."""
+    return "rtn" if rtn else "simple" if simple else "learned"
+
+
+def _has_int8_rows(kind: str, mode: str | None) -> bool:
+    return kind == "int8" and mode in (None, "row")
 
 
 def default_output(source: Path, recipe: Recipe) -> Path:

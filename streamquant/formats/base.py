@@ -12,7 +12,9 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
 
 from streamquant.kernels import ErrorSums
 
@@ -55,27 +57,79 @@ class Fill:
 
 
 @dataclass
+class OutputErrors:
+    """Estimated squared output error, tr(E H Eᵀ): rounded to nearest with absmax, as written, and of the output itself.
+
+    Sums over whatever was sampled; H is the identity where nothing is known of the inputs, and `energy` then is 0 where
+    the error of the weights says it already.
+    """
+
+    before: float = 0.0
+    after: float = 0.0
+    energy: float = 0.0
+
+    def add(self, before: float, after: float, energy: float) -> None:
+        self.before += before
+        self.after += after
+        self.energy += energy
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of a tile of whole rows: float32 [rows, groups]. multiplier: what FP8 and the books multiply by, if not
+    1 / scale."""
+
+    scale: np.ndarray
+    multiplier: np.ndarray | None = None
+
+
+class Rounding(Protocol):
+    """What decides scales and codes where nearest with absmax does not: see streamquant/rounding/converter.py."""
+
+    refines: bool
+
+    def searches(self, grid: str, mode: str, block_size: int) -> bool: ...
+
+    def e4m3_multiplier(self, backend: Any, tile: Any, geometry: Any, absmax: np.ndarray, encoded: Encoded) -> np.ndarray: ...
+
+    def book_absmax(self, backend: Any, tile: Any, block_size: int, book: str) -> np.ndarray: ...
+
+    def sample_blocks(
+        self, backend: Any, tile: Any, block_size: int, book: str, absmax: np.ndarray, encoded: Encoded
+    ) -> None: ...
+
+    def codes(
+        self, backend: Any, tile: Any, first_row: int, column_group: np.ndarray, plain: Scales, chosen: Scales, grid: str,
+        encoded: Encoded,
+    ) -> np.ndarray: ...  # fmt: skip
+
+
+@dataclass
 class Encoded:
     """One encoded tile.
 
     payloads: an array for each streamed output, in the order of `outputs`. largest: the tile's largest finite
-    magnitude. finite: False when the tile held a NaN or an infinity. sums: squared error and weight.
+    magnitude. finite: False when the tile held a NaN or an infinity. sums: squared error and weight. output: estimated
+    output error, where rounding or scales were chosen by more than nearest and absmax.
     """
 
     payloads: list[Any] = field(default_factory=list)
     sums: ErrorSums = field(default_factory=ErrorSums)
     largest: float = 0.0
     finite: bool = True
+    output: OutputErrors = field(default_factory=OutputErrors)
 
 
 class Encoder(ABC):
     """Turns one layer's tiles into payloads. Tiles are independent, so several threads may encode at once.
 
     A format that must know the whole tensor first has `passes` == 2: every tile goes through `observe` (whose results
-    are merged by `absorb`, in order), then every tile through `encode`.
+    are merged by `absorb`, in order), then every tile through `encode`. `rounding` is set before the first tile; None
+    rounds to nearest with the scales that absmax gives.
     """
 
     passes = 1
+    rounding: Rounding | None = None
     wants_bytes = False  # True: `encode` is given the raw bytes of the tile (a numpy uint8 array), not a backend's tile
 
     def observe(self, backend: Any, tile: Any) -> tuple[Any, bool]:
@@ -87,8 +141,8 @@ class Encoder(ABC):
         raise TypeError(f"{type(self).__name__} has one pass")
 
     @abstractmethod
-    def encode(self, backend: Any, tile: Any) -> Encoded:
-        """The payloads of one tile."""
+    def encode(self, backend: Any, tile: Any, begin: int = 0) -> Encoded:
+        """The payloads of one tile, which begins at element `begin` of the tensor."""
 
     def commit(self, encoded: Encoded) -> None:
         """Called once per tile, in tile order, when it has been written: statistics that `finish` needs."""
@@ -110,6 +164,8 @@ class Format(ABC):
     """A format on disk. Subclasses register themselves by `name` and state only what is their own."""
 
     name: ClassVar[str]
+    # The grid that learned rounding works on (streamquant.kernels.refined.GRIDS), None where there is no such.
+    learned_grid: ClassVar[str | None] = None
     registry: ClassVar[dict[str, type[Format]]] = {}
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -130,8 +186,8 @@ class Format(ABC):
         """The tensors written for a weight of `shape` and safetensors `dtype`."""
 
     @abstractmethod
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
-        """An encoder for one weight. `rounding` decides codes given scales; None rounds to nearest."""
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
+        """An encoder for one weight."""
 
     @abstractmethod
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -154,7 +210,10 @@ class Format(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def json_output(suffix: str, value: dict[str, Any]) -> Output:
-    """A U8 tensor holding the UTF-8 bytes of a JSON object, spaced as json.dumps does by default."""
-    payload = json.dumps(value).encode()
+def json_output(suffix: str, value: dict[str, Any], room: int = 0) -> Output:
+    """A U8 tensor holding the UTF-8 bytes of a JSON object, spaced as json.dumps does by default.
+
+    room: bytes it takes at the least; spaces follow the object.
+    """
+    payload = json.dumps(value).encode().ljust(room)
     return Output(suffix, "U8", (len(payload),), constant=payload)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from streamquant.kernels.codebooks import CODE_BOOKS, DYNAMIC_BOUNDARIES, DYNAMIC_MAP
+from streamquant.kernels.codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, DYNAMIC_BOUNDARIES, DYNAMIC_MAP
 
-from .base import Encoded, Encoder, Format, Output, json_output
+from .base import Encoded, Encoder, Format, Output, Scales, json_output
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +69,9 @@ class BitsAndBytes4bit(Format):
         padding = OFFSET_LENGTH - len(json.dumps(offset))
         return (json.dumps(state) + " " * padding).encode()
 
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
         if not self.double_quant:
-            return BlockEncoder(self.book, self.block_size)
+            return BlockEncoder(self.book, self.block_size, shape)
         return NestedEncoder(self, shape, dtype)
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -105,6 +105,7 @@ class BnbNF4(BitsAndBytes4bit):
 
     name: ClassVar[str] = "bnb_nf4"
     book: ClassVar[str] = "nf4"
+    learned_grid: ClassVar[str | None] = "nf4"
 
 
 @dataclass(frozen=True)
@@ -113,21 +114,93 @@ class BnbFP4(BitsAndBytes4bit):
 
     name: ClassVar[str] = "bnb_fp4"
     book: ClassVar[str] = "fp4"
+    learned_grid: ClassVar[str | None] = "fp4"
 
 
 class BlockEncoder(Encoder):
     """Packed codes and float32 absmax."""
 
-    def __init__(self, book: str, block_size: int):
-        self.book = book
-        self.block_size = block_size
+    def __init__(self, book: str, block_size: int, shape: tuple[int, ...]):
+        self.book, self.block_size, self.shape = book, block_size, shape
 
-    def encode(self, backend: Any, tile: Any) -> Encoded:
+    @property
+    def searches(self) -> bool:
+        return self.rounding is not None and self.rounding.searches(self.book, "block", self.block_size)
+
+    def absmax(self, backend: Any, tile: Any) -> np.ndarray:
+        """float32 [blocks]: largest magnitude of each block; the short last one is floored, as bitsandbytes does."""
+        elements, size = tile.shape[0], self.block_size
+        whole = elements // size * size
+        absmax = backend.absmax(tile[:whole], size) if whole else np.empty(0, dtype=np.float32)
+        if whole < elements:
+            absmax = np.append(absmax, np.maximum(backend.absmax(tile[whole:], elements - whole), SMALLEST_DIVISOR))
+        return absmax
+
+    def written(self, absmax: np.ndarray) -> list[np.ndarray]:
+        """What is written of absmax."""
+        return [absmax]
+
+    def read(self, written: list[np.ndarray]) -> np.ndarray:
+        """What a reader makes of that: float32 [blocks]."""
+        return written[0]
+
+    def encode(self, backend: Any, tile: Any, begin: int = 0) -> Encoded:
         encoded = Encoded()
-        packed, absmax = backend.bnb4(tile, self.block_size, self.book, encoded.sums)
-        encoded.finite = bool(np.isfinite(absmax).all())
-        encoded.payloads = [packed, absmax]
+        if self.rounding is None or not (self.searches or self.rounding.refines):
+            packed, absmax = backend.bnb4(tile, self.block_size, self.book, encoded.sums)
+            encoded.finite = bool(np.isfinite(absmax).all())
+            encoded.payloads = [packed, *self.written(absmax)]
+            return encoded
+        plain = self.absmax(backend, tile)
+        encoded.finite = bool(np.isfinite(plain).all())
+        absmax = self._chosen(backend, tile, plain)
+        written = self.written(absmax)
+        if not encoded.finite:
+            packed, _ = backend.bnb4(tile, self.block_size, self.book, encoded.sums)
+        elif self.rounding.refines:
+            packed = self._learned(backend, tile, begin, plain, self.read(written), encoded)
+        else:
+            # Codes for the scales that a reader will see, which double quantization has moved a little.
+            read = self.read(written)
+            given = np.where(read > SMALLEST_DIVISOR, read, absmax)
+            self.rounding.sample_blocks(backend, tile, self.block_size, self.book, given, encoded)
+            packed, _ = backend.bnb4(tile, self.block_size, self.book, encoded.sums, given)
+        encoded.payloads = [packed, *written]
         return encoded
+
+    def _chosen(self, backend: Any, tile: Any, plain: np.ndarray) -> np.ndarray:
+        """The absmax to use: searched where that is done and every weight of the tile is finite."""
+        if not self.searches or not np.isfinite(plain).all():
+            return plain
+        found = self.rounding.book_absmax(backend, tile, self.block_size, self.book)
+        return np.where(found > SMALLEST_DIVISOR, found, plain)
+
+    def _learned(
+        self, backend: Any, tile: Any, begin: int, plain: np.ndarray, chosen: np.ndarray, encoded: Encoded
+    ) -> np.ndarray:
+        """Packed codes by learned rounding."""
+        columns, size = self.shape[1], self.block_size
+        rows = tile.shape[0] // columns
+        straddles = columns % size != 0
+
+        def by_row(absmax: np.ndarray) -> Scales:
+            scale = np.repeat(absmax, size)[: rows * columns] if straddles else absmax
+            scale = scale.reshape(rows, -1)
+            return Scales(scale, np.float32(1) / np.maximum(scale, SMALLEST_DIVISOR))
+
+        column_group = np.arange(columns, dtype=np.int64) // (1 if straddles else size)
+        scales = by_row(plain), by_row(chosen)
+        first_row = begin // columns
+        codes = self.rounding.codes(backend, tile, first_row, column_group, *scales, self.book, encoded).reshape(-1)
+        if codes.size % 2:
+            codes = np.append(codes, self.padding_code)
+        return (codes[::2] << 4) | codes[1::2]
+
+    @property
+    def padding_code(self) -> np.uint8:
+        """The code of 0, which fills up an odd last byte."""
+        rank = np.searchsorted(BOUNDARIES[self.book], 0.0, side="left")
+        return ASCENDING_CODES[self.book][rank]
 
 
 class NestedEncoder(BlockEncoder):
@@ -140,8 +213,8 @@ class NestedEncoder(BlockEncoder):
     passes = 2
 
     def __init__(self, layout: BitsAndBytes4bit, shape: tuple[int, ...], dtype: str):
-        super().__init__(layout.book, layout.block_size)
-        self.layout, self.shape, self.dtype = layout, shape, dtype
+        super().__init__(layout.book, layout.block_size, shape)
+        self.layout, self.dtype = layout, dtype
         self.blocks = -(-shape[0] * shape[1] // layout.block_size)
         # The sum of all absmax as an integer multiple of 2**-149: exact, so that tile boundaries cannot change it.
         self.total = 0
@@ -151,21 +224,18 @@ class NestedEncoder(BlockEncoder):
         return np.float32(float(Fraction(self.total, max(self.blocks, 1) << 149)))
 
     def observe(self, backend: Any, tile: Any) -> tuple[int, bool]:
-        elements, size = tile.shape[0], self.block_size
-        whole = elements // size * size
-        absmax = backend.absmax(tile[:whole], size) if whole else np.empty(0, dtype=np.float32)
-        if whole < elements:
-            absmax = np.append(absmax, np.maximum(backend.absmax(tile[whole:], elements - whole), SMALLEST_DIVISOR))
-        return exact_sum(absmax), bool(np.isfinite(absmax).all())
+        plain = self.absmax(backend, tile)
+        return exact_sum(self._chosen(backend, tile, plain)), bool(np.isfinite(plain).all())
 
     def absorb(self, learned: int) -> None:
         self.total += learned
 
-    def encode(self, backend: Any, tile: Any) -> Encoded:
-        encoded = super().encode(backend, tile)
-        packed, absmax = encoded.payloads
-        encoded.payloads = [packed, *encode_dynamic(absmax - self.offset)]
-        return encoded
+    def written(self, absmax: np.ndarray) -> list[np.ndarray]:
+        return list(encode_dynamic(absmax - self.offset))
+
+    def read(self, written: list[np.ndarray]) -> np.ndarray:
+        codes, nested_absmax = written
+        return DYNAMIC_MAP[codes] * np.repeat(nested_absmax, NESTED_BLOCK_SIZE)[: codes.size] + self.offset
 
     def finish(self) -> dict[str, bytes]:
         state = self.layout._nested_quant_state(self.shape, self.dtype, float(self.offset))

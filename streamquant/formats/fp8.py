@@ -12,7 +12,7 @@ import numpy as np
 
 from streamquant.kernels.codebooks import E4M3_MAX, E5M2_MAX
 
-from .base import Encoder, Format, Output
+from .base import Encoded, Encoder, Format, Output
 from .scaling import ScaledEncoder, ScaleGeometry
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Float8TensorWise(Format):
     name: ClassVar[str] = "float8_e4m3fn"
     mode: ClassVar[str] = "tensor"
     grid: ClassVar[str] = "e4m3"
+    learned_grid: ClassVar[str | None] = "e4m3"
 
     @property
     def group_size(self) -> int:
@@ -50,7 +51,7 @@ class Float8TensorWise(Format):
             self.geometry(shape).output(self.scale_shape(shape)),
         ]
 
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
         return Float8Encoder(self.geometry(shape), self.grid)
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -74,6 +75,7 @@ class Float8E5M2(Float8TensorWise):
 
     name: ClassVar[str] = "float8_e5m2"
     grid: ClassVar[str] = "e5m2"
+    learned_grid: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class Float8Encoder(ScaledEncoder):
 
     def scales(self, absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         multiplier = self.maximum / np.maximum(absmax, SMALLEST_ABSMAX)
+        return multiplier, np.float32(1) / multiplier
+
+    def searched(self, backend: Any, tile: Any, absmax: np.ndarray, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+        multiplier = self.rounding.e4m3_multiplier(backend, tile, self.geometry, absmax, encoded)
         return multiplier, np.float32(1) / multiplier
 
     def codes(self, backend: Any, tile: Any, group: int, scales: tuple[np.ndarray, ...], sums: Any) -> np.ndarray:

@@ -20,16 +20,28 @@ SMALLEST_SCALE = {"tensor": np.float32(1e-12), "row": np.float32(1e-12), "block"
 
 @dataclass(frozen=True)
 class Int8TensorWise(Format):
-    """INT8 with one scale for the tensor, or (`per_row`) one per output row as [M, 1]. Stock ComfyUI loads both."""
+    """INT8 with one scale for the tensor, or (`per_row`) one per output row as [M, 1]. Stock ComfyUI loads both.
+
+    convrot_group_size: rows are stored rotated, each run of so many columns multiplied by a Hadamard matrix, which takes
+    the outliers out of them (`streamquant.kernels.hadamard`); a power of 4, and 0 for as they are. The loader rotates
+    activations alike.
+    """
 
     name: ClassVar[str] = "int8_tensorwise"
+    learned_grid: ClassVar[str | None] = "int8"
     per_row: bool = True
+    convrot_group_size: int = 0
 
     def geometry(self, shape: tuple[int, ...]) -> ScaleGeometry:
         return ScaleGeometry("row" if self.per_row else "tensor", (shape[0], shape[1]), 0)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if self.convrot_group_size and shape[1] % self.convrot_group_size:
+            return f"{shape[1]} columns are not divisible into groups of {self.convrot_group_size} to rotate"
         return self.geometry(shape).misfit()
+
+    def fallback(self) -> Format | None:
+        return Int8TensorWise(per_row=True) if self.convrot_group_size else None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of `weight_scale` for a weight [M, N]."""
@@ -41,10 +53,12 @@ class Int8TensorWise(Format):
             self.geometry(shape).output(self.scale_shape(shape)),
         ]
 
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
-        return Int8Encoder(self.geometry(shape))
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
+        return Int8Encoder(self.geometry(shape), self.convrot_group_size)
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
         from streamquant.kernels import int8
 
         codes, scale = tensors["weight"], tensors["weight_scale"].float()
@@ -54,10 +68,16 @@ class Int8TensorWise(Format):
         group = geometry.group or codes.numel()
         if geometry.mode == "block":
             scale = scale.repeat_interleave(geometry.block_size, dim=0)
-        return int8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype).view(codes.shape)
+        if not self.convrot_group_size:
+            return int8.decode(codes.reshape(-1, group), scale.reshape(-1), dtype).view(codes.shape)
+        from streamquant.kernels.hadamard import rotate
+
+        rotated = int8.decode(codes.reshape(-1, group), scale.reshape(-1), torch.float32).view(codes.shape)
+        return rotate(rotated, self.convrot_group_size).to(dtype)
 
     def comfy_quant(self) -> dict[str, Any]:
-        return {"format": self.name, "per_row": True} if self.per_row else {"format": self.name}
+        rotation = {"convrot": True, "convrot_groupsize": self.convrot_group_size} if self.convrot_group_size else {}
+        return {"format": self.name} | rotation | ({"per_row": True} if self.per_row else {})
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,7 @@ class Int8BlockWise(Int8TensorWise):
 
     name: ClassVar[str] = "int8_blockwise"
     per_row: bool = False
+    convrot_group_size: int = 0
     block_size: int = 128
 
     def geometry(self, shape: tuple[int, ...]) -> ScaleGeometry:
@@ -89,6 +110,7 @@ class Int8Encoder(ScaledEncoder):
     """INT8 codes: divide by `absmax / 127`, round to nearest even, clamp."""
 
     nan_code = 0
+    grid = "int8"
 
     def scales(self, absmax: np.ndarray) -> tuple[np.ndarray]:
         scale = absmax / np.float32(INT8_MAX)

@@ -24,7 +24,7 @@ class Copy(Format):
     def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
         return [Output("", dtype, shape, elements_per_item=1, item_bytes=1)]
 
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
         return CopyEncoder()
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Copy(Format):
 class CopyEncoder(Encoder):
     wants_bytes = True
 
-    def encode(self, backend: Any, tile: np.ndarray) -> Encoded:
+    def encode(self, backend: Any, tile: np.ndarray, begin: int = 0) -> Encoded:
         return Encoded([tile])
 
 
@@ -48,7 +48,7 @@ class Cast(Format):
     def outputs(self, shape: tuple[int, ...], dtype: str) -> list[Output]:
         return [Output("", self.target, shape, elements_per_item=1, item_bytes=2)]
 
-    def encoder(self, shape: tuple[int, ...], dtype: str, rounding: Any = None) -> Encoder:
+    def encoder(self, shape: tuple[int, ...], dtype: str) -> Encoder:
         return CastEncoder(dtype, self.target)
 
     def decode(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -61,7 +61,7 @@ class CastEncoder(Encoder):
     def __init__(self, source: str, target: str):
         self.source, self.target = source, target
 
-    def encode(self, backend: Any, tile: np.ndarray) -> Encoded:
+    def encode(self, backend: Any, tile: np.ndarray, begin: int = 0) -> Encoded:
         values = to_float32(tile, self.source)
         with np.errstate(over="ignore"):
             cast = values.astype(np.float16) if self.target == "F16" else round_to_bf16(values)

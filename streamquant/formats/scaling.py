@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Encoded, Encoder, Fill, Output
+from .base import Encoded, Encoder, Fill, Output, Scales
 
 MODES = ("tensor", "row", "block", "block3d")
 
@@ -71,12 +71,16 @@ class ScaleGeometry:
 
 
 class ScaledEncoder(Encoder):
-    """Encoder shared by FP8 and INT8; subclasses say how scales follow from absmax and codes from scales."""
+    """Encoder shared by FP8 and INT8; subclasses say how scales follow from absmax and codes from scales.
+
+    `rotation`: each run of so many columns is multiplied by the Hadamard matrix before anything else; 0 for none.
+    """
 
     nan_code: int
+    grid: str
 
-    def __init__(self, geometry: ScaleGeometry):
-        self.geometry = geometry
+    def __init__(self, geometry: ScaleGeometry, rotation: int = 0):
+        self.geometry, self.rotation = geometry, rotation
         self.passes = 2 if geometry.mode == "tensor" else 1
         self.largest = np.float32(0)
 
@@ -89,31 +93,63 @@ class ScaledEncoder(Encoder):
         """Codes of a tile whose runs of `group` elements have these scales."""
 
     def observe(self, backend: Any, tile: Any) -> tuple[float, bool]:
+        """The largest finite magnitude of the tile."""
         absmax, finite = _finite_absmax(backend, tile, tile.shape[0])
         return float(absmax[0]), finite
 
     def absorb(self, learned: float) -> None:
         self.largest = max(self.largest, np.float32(learned))
 
-    def encode(self, backend: Any, tile: Any) -> Encoded:
+    def encode(self, backend: Any, tile: Any, begin: int = 0) -> Encoded:
         encoded = Encoded()
-        if self.geometry.mode == "tensor":
+        if self.rotation:
+            tile, encoded.finite = _rotated(backend, tile, self.rotation)
+        geometry = self.geometry
+        if geometry.mode == "tensor":
             group = tile.shape[0]
-            spread = scales = self.scales(np.array([self.largest], dtype=np.float32))
+            spread = plain = scales = self.scales(np.array([self.largest], dtype=np.float32))
         else:
-            group = self.geometry.group
-            absmax, encoded.finite = _finite_absmax(backend, tile, group)
+            group = geometry.group
+            absmax, finite = _finite_absmax(backend, tile, group)
+            encoded.finite &= finite
             encoded.largest = float(absmax.max(initial=0.0))
-            scales = self.scales(self.geometry.shared(absmax))
-            spread = tuple(self.geometry.spread(part) for part in scales)
-        codes = self.codes(backend, tile, group, spread, encoded.sums)
+            shared = geometry.shared(absmax)
+            plain = scales = self.scales(shared)
+            if finite and self.rounding and self.rounding.searches(self.grid, geometry.mode, geometry.block_size):
+                scales = self.searched(backend, tile, shared, encoded)
+            spread = tuple(geometry.spread(part) for part in scales)
+        if encoded.finite and self.rounding and self.rounding.refines:
+            codes = self._learned(backend, tile, begin, plain, scales, encoded)
+        else:
+            codes = self.codes(backend, tile, group, spread, encoded.sums)
         if not np.isfinite(encoded.sums.weight):
             # Only with --allow-nonfinite does anyone see this tile: NaN gets the grid's own, infinities saturate.
             encoded.finite = False
             codes[backend.nan_mask(tile)] = self.nan_code
             encoded.sums = type(encoded.sums)()
-        encoded.payloads = [codes] if self.geometry.mode == "tensor" else [codes, scales[-1]]
+        encoded.payloads = [codes] if geometry.mode == "tensor" else [codes, scales[-1]]
         return encoded
+
+    def searched(self, backend: Any, tile: Any, absmax: np.ndarray, encoded: Encoded) -> tuple[np.ndarray, ...]:
+        """Scales of least error, as `scales` returns them; absmax float32, one per scale."""
+        raise TypeError(f"{type(self).__name__} takes the scale that absmax gives")
+
+    def _learned(self, backend: Any, tile: Any, begin: int, plain: Any, chosen: Any, encoded: Encoded) -> np.ndarray:
+        """Codes by learned rounding. plain, chosen: as `scales` returns them."""
+        rows, columns = tile.shape[0] // self.geometry.shape[1], self.geometry.shape[1]
+
+        def by_row(scales: tuple[np.ndarray, ...]) -> Scales:
+            if self.geometry.mode == "tensor":
+                spread = [np.broadcast_to(part, (rows, 1)) for part in scales]
+            else:
+                spread = [self.geometry.spread(part).reshape(rows, -1) for part in scales]
+            return Scales(spread[-1], spread[0] if len(spread) > 1 else None)
+
+        group = self.geometry.group or columns
+        column_group = np.arange(columns, dtype=np.int64) // group
+        scales = by_row(plain), by_row(chosen)
+        first_row = begin // columns
+        return self.rounding.codes(backend, tile, first_row, column_group, *scales, self.grid, encoded).reshape(-1)
 
     def commit(self, encoded: Encoded) -> None:
         self.largest = max(self.largest, np.float32(encoded.largest))
@@ -131,6 +167,14 @@ class ScaledEncoder(Encoder):
 
     def restore(self, state: float) -> None:
         self.largest = np.float32(state)
+
+
+def _rotated(backend: Any, tile: Any, group_size: int) -> tuple[Any, bool]:
+    """The tile rotated, and whether all of it was finite; what is not becomes 0 before it spreads over its group."""
+    rotated = backend.rotate(tile, group_size)
+    if np.isfinite(backend.absmax(rotated, rotated.shape[0])[0]):
+        return rotated, True
+    return backend.rotate(backend.without_nonfinite(tile), group_size), False
 
 
 def _finite_absmax(backend: Any, tile: Any, group: int) -> tuple[np.ndarray, bool]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 
-import regex
-
 from streamquant.errors import UsageError
+
+from .graph import Feed, TimeGraph, compiled, parse_feeds, parse_time
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,10 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net."
 
 @dataclass(frozen=True)
 class Preset:
-    """One architecture. keep, remove: regular expressions searched in layer names and whole keys, without prefix."""
+    """One architecture. keep, remove: regular expressions searched in layer names and whole keys, without prefix.
+
+    time, feeds: what is known of the architecture's graph (`streamquant.presets.graph`), for learned rounding.
+    """
 
     name: str
     title: str
@@ -37,6 +40,8 @@ class Preset:
     remove: tuple[str, ...]
     recognise_all: tuple[str, ...]
     recognise_none: tuple[str, ...]
+    time: TimeGraph | None = field(default=None, compare=False)
+    feeds: tuple[Feed, ...] = ()
 
     def recognises(self, keys: list[str]) -> bool:
         """Whether `keys` (without prefix) are this architecture's."""
@@ -48,16 +53,11 @@ class Preset:
 
     def keeps(self, layer: str) -> str | None:
         """The expression by which `layer` (without prefix) stays as it is, or None."""
-        return next((pattern for pattern in self.keep if _compiled(pattern).search(layer)), None)
+        return next((pattern for pattern in self.keep if compiled(pattern).search(layer)), None)
 
     def removes(self, key: str) -> str | None:
         """The expression by which the tensor `key` (without prefix) is left out, or None."""
-        return next((pattern for pattern in self.remove if _compiled(pattern).search(key)), None)
-
-
-@functools.cache
-def _compiled(pattern: str) -> regex.Pattern:
-    return regex.compile(pattern)
+        return next((pattern for pattern in self.remove if compiled(pattern).search(key)), None)
 
 
 @functools.cache
@@ -79,6 +79,8 @@ def load_presets() -> dict[str, Preset]:
                 remove=tuple(data.get("remove", ())),
                 recognise_all=tuple(recognise.get("all", ())),
                 recognise_none=tuple(recognise.get("none", ())),
+                time=parse_time(data.get("time")),
+                feeds=parse_feeds(data.get("feeds", [])),
             )
         )
     presets.sort(key=lambda preset: (preset.order, preset.name))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,9 +45,9 @@ def flux2(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("module", ["streamquant", "streamquant.convert_to_quant"])
 @pytest.mark.parametrize("spelling", ["--comfy-quant", "--comfy_quant"])
-def test_headline_command(flux2, tmp_path, module, spelling):
+def test_headline_command_with_bare_absmax(flux2, tmp_path, module, spelling):
     output = tmp_path / "out.safetensors"
-    finished = run(flux2, *HEADLINE, spelling, "-o", output, module=module)
+    finished = run(flux2, *HEADLINE, "--rtn", spelling, "-o", output, module=module)
     assert finished.returncode == 0, finished.stderr
     assert "bnb_nf4" in finished.stdout and "float8_e4m3fn" in finished.stdout and str(output.name) in finished.stdout
     source, converted = load_file(flux2), load_file(output)
@@ -76,6 +76,25 @@ def test_headline_command(flux2, tmp_path, module, spelling):
             assert json.loads(bytes(converted[f"{layer}.comfy_quant"].tolist())) == {"format": "bnb_nf4", "group_size": 64}
         else:
             assert torch.equal(converted[key], weight), "what nobody claims is copied"
+
+
+def test_headline_command_lowers_the_error_of_what_bitsandbytes_reads(flux2, tmp_path):
+    """Without more words scales are searched: other bytes than bitsandbytes' own, which it decodes to less error."""
+    output = tmp_path / "out.safetensors"
+    finished = run(flux2, *HEADLINE, "--comfy-quant", "-o", output)
+    assert finished.returncode == 0, finished.stderr
+    assert "Nothing is known of the inputs" in finished.stderr and "time sweep" in finished.stderr
+    source, converted = load_file(flux2), load_file(output)
+    checked = 0
+    for key in [key for key in converted if key.endswith(".weight.quant_map")]:
+        layer, weight = key.removesuffix(".weight.quant_map"), source[key.removesuffix(".quant_map")].float()
+        state = {name: tensor for name, tensor in converted.items() if name.startswith(f"{layer}.weight.")}
+        state = QuantState.from_dict({name.removeprefix(f"{layer}."): part for name, part in state.items()}, "cpu")
+        ours = dequantize_4bit(converted[f"{layer}.weight"], state).float()
+        theirs = dequantize_4bit(*quantize_4bit(source[f"{layer}.weight"], blocksize=64, quant_type="nf4")).float()
+        assert (ours - weight).norm() < (theirs - weight).norm(), layer
+        checked += 1
+    assert checked > 20
 
 
 def test_default_output_lies_beside_the_source_and_names_the_formats(flux2, tmp_path):
@@ -109,7 +128,9 @@ def test_dry_run_writes_nothing_and_agrees_with_the_real_run(flux2, tmp_path):
 def test_json_lines_tell_a_program_everything(flux2, tmp_path):
     finished = run(flux2, "--int8", "-o", tmp_path / "out.safetensors", "--json")
     events = json_lines(finished.stdout)
-    assert [event["event"] for event in events][:2] == ["note", "started"]
+    assert [event["event"] for event in events][:3] == ["note", "note", "started"]
+    layers = [event for event in events if event["event"] == "layer"]
+    assert {layer["knowledge"] for layer in layers} == {"nearest"} and len(layers) == 24
     assert events[-1]["event"] == "done"
     assert {summary["format"] for summary in events[-1]["formats"]} == {"int8_tensorwise", "copy"}
     assert events[-1]["outputs"] == [str(tmp_path / "out.safetensors")]

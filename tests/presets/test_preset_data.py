@@ -67,7 +67,7 @@ def test_every_file_follows_the_schema(name):
     if name == "_everywhere":
         assert set(preset) == {"keep"}
         return
-    assert set(preset) <= {"title", "flags", "order", "keep", "remove", "recognise"}
+    assert set(preset) <= {"title", "flags", "order", "keep", "remove", "recognise", "time", "feeds"}
     assert preset["title"] and isinstance(preset["order"], int)
     if "recognise" in preset:
         assert set(preset["recognise"]) == {"all", "none"}

@@ -88,7 +88,7 @@ def embed(weights: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tenso
     return torch.nn.functional.normalize(pooled, dim=1)
 
 
-def decoded_weights(path: Path, report: Report, **parameters: bool) -> dict[str, torch.Tensor]:
+def decoded_weights(path: Path, report: Report) -> dict[str, torch.Tensor]:
     """Every source tensor back in float32, quantized ones through their format's own decode."""
     weights = {}
     with safe_open(path, "pt") as file:
@@ -99,7 +99,7 @@ def decoded_weights(path: Path, report: Report, **parameters: bool) -> dict[str,
             if result.format == "copy":
                 weights[result.key] = file.get_tensor(result.key)
             else:
-                weights[result.key] = FORMATS[result.format](**parameters).decode(tensors, torch.float32)
+                weights[result.key] = FORMATS[result.format](**result.parameters).decode(tensors, torch.float32)
     return weights
 
 
@@ -107,6 +107,7 @@ def decoded_weights(path: Path, report: Report, **parameters: bool) -> dict[str,
     ("choice", "least"),
     [
         (FormatChoice("int8"), 0.999),
+        (FormatChoice("int8", convrot=False), 0.999),
         (FormatChoice("int8", "tensor"), 0.96),
         (FormatChoice("int8", "block", 128), 0.997),
         (FormatChoice("fp8"), 0.997),
@@ -117,7 +118,7 @@ def decoded_weights(path: Path, report: Report, **parameters: bool) -> dict[str,
         (FormatChoice("nf4"), 0.96),
         (FormatChoice("fp4"), 0.93),
     ],
-    ids=lambda value: f"{value.kind}-{value.scaling_mode or 'default'}" if isinstance(value, FormatChoice) else None,
+    ids=lambda value: f"{value.kind}-{value.scaling_mode or 'default'}-{value.convrot}" if isinstance(value, FormatChoice) else None,
 )
 def test_sentence_embeddings_survive(model_folder, encoded, original, tmp_path, choice, least):
     recipe = Recipe(base=choice)
@@ -132,5 +133,5 @@ def test_sentence_embeddings_survive(model_folder, encoded, original, tmp_path, 
 def test_double_quantization_costs_little(model_folder, encoded, original, tmp_path):
     recipe = Recipe(base=FormatChoice("nf4", double_quant=True))
     report = streamquant.convert(model_folder / "model.safetensors", tmp_path / "out.safetensors", recipe)
-    weights = decoded_weights(tmp_path / "out.safetensors", report, double_quant=True)
+    weights = decoded_weights(tmp_path / "out.safetensors", report)
     assert (embed(weights, *encoded) * original).sum(1).mean() >= 0.96

@@ -12,6 +12,7 @@ from minilm import sentence_encoder, sentences
 
 from streamquant.calibration import collect
 from streamquant.calibration.collector import linear_layers
+from streamquant.kernels import select
 from streamquant.kernels.codebooks import CODE_BOOKS
 from streamquant.kernels.jit.refine import refine
 from streamquant.rounding import LayerHessian, scales
@@ -50,7 +51,7 @@ def scale_of(weight: np.ndarray, kind: str, diagonal: np.ndarray | None) -> tupl
     if diagonal is None:
         absmax = np.abs(weight.reshape(-1, 64)).max(axis=1)
     else:
-        absmax = scales.nf4_absmax(weight.reshape(-1), 64, scales.run_weights(diagonal, columns, 64))
+        absmax = select("cpu").book_absmax(weight.reshape(-1), 64, scales.run_weights(diagonal, columns, 64), "nf4")
     return absmax.reshape(rows, -1), np.arange(columns) // 64, "nf4"
 
 

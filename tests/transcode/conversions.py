@@ -21,12 +21,14 @@ class Watcher(Silent):
         self.tiles = 0
         self.after_tile = after_tile
         self.done_bytes = -1
+        self.plan = None
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def started(self, plan, tiles, done_bytes: int) -> None:
         self.done_bytes = done_bytes
+        self.plan = plan
 
     def progress(self, unit, source_bytes: int) -> None:
         self.tiles += 1

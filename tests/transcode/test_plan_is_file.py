@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from conversions import Watcher
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from small_checkpoints import EVERY_FORMAT, Tensor, floats, load, metadata_of, noise, sample, save
+from small_checkpoints import EVERY_FORMAT, SEARCHED_FORMATS, Tensor, floats, load, metadata_of, noise, sample, save
 
 import streamquant
 from streamquant import FormatChoice, Recipe, budget, errors
@@ -57,6 +58,8 @@ checkpoints = st.builds(
     ),
     st.dictionaries(names, tensors(), max_size=6),
 )
+FORMATS = EVERY_FORMAT | SEARCHED_FORMATS
+roundings = st.sampled_from(["learned", "simple", "rtn"])
 choices = st.one_of(
     st.builds(
         FormatChoice, st.just("fp8"), st.sampled_from([None, "tensor", "row", "block", "block3d"]),
@@ -65,11 +68,15 @@ choices = st.one_of(
     st.builds(FormatChoice, st.just("fp8_e5m2")),
     st.builds(
         FormatChoice, st.just("int8"), st.sampled_from([None, "tensor", "row", "block"]),
-        st.sampled_from([None, 1, 5, 32]),
+        st.sampled_from([None, 1, 5, 32]), rounding=roundings,
+    ),
+    st.builds(
+        FormatChoice, st.just("int8"), convrot=st.sampled_from([None, True]), rounding=roundings,
+        convrot_group_size=st.sampled_from([None, 4, 16]),
     ),
     st.builds(
         FormatChoice, st.sampled_from(["nf4", "fp4"]), st.none(), st.sampled_from([None, 32, 64, 4096]), st.booleans(),
-        heur=st.booleans(),
+        rounding=roundings, heur=st.booleans(),
     ),
     st.just(FormatChoice("keep")),
 )  # fmt: skip
@@ -173,18 +180,30 @@ def test_the_file_is_what_was_planned(source, recipe, shard_size, metadata, tile
             made = plan(path, recipe, name="o.safetensors", shard_size=shard_size)
         except (errors.PatternError, errors.NothingToConvertError, errors.CheckpointError):
             assume(False)
-        convert(path, out / "o.safetensors", recipe, shard_size=shard_size, threads=2)
-        check(out, made, source, metadata)
+        watcher = Watcher()
+        convert(path, out / "o.safetensors", recipe, shard_size=shard_size, threads=2, observer=watcher)
+        check(out, as_poured(made, watcher.plan), source, metadata)
 
 
-@pytest.mark.parametrize("recipe", EVERY_FORMAT)
+def as_poured(planned: Plan, poured: Plan) -> Plan:
+    """The plan that was poured: which rows of INT8 are rotated is decided after the layout, which it cannot change."""
+    assert poured.placement == planned.placement
+    assert [(file.name, file.size, file.tensors) for file in poured.files] == [
+        (file.name, file.size, file.tensors) for file in planned.files
+    ]
+    return poured
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
 @pytest.mark.parametrize("shard_size", [None, 40_000])
 def test_the_sample_in_every_format_is_what_was_planned(tmp_path, recipe, shard_size):
     path = save(tmp_path / "m.safetensors", sample(), {"modelspec.title": "ü"})
-    made = plan(path, EVERY_FORMAT[recipe], name="o.safetensors", shard_size=shard_size)
+    made = plan(path, FORMATS[recipe], name="o.safetensors", shard_size=shard_size)
     (tmp_path / "out").mkdir()
-    convert(path, tmp_path / "out" / "o.safetensors", EVERY_FORMAT[recipe], shard_size=shard_size)
-    check(tmp_path / "out", made, sample(), {"modelspec.title": "ü", "format": "pt"})
+    watcher = Watcher()
+    out = tmp_path / "out" / "o.safetensors"
+    convert(path, out, FORMATS[recipe], shard_size=shard_size, observer=watcher)
+    check(tmp_path / "out", as_poured(made, watcher.plan), sample(), {"modelspec.title": "ü", "format": "pt"})
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])

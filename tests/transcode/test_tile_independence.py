@@ -7,11 +7,13 @@ import random
 
 import numpy as np
 import pytest
-from small_checkpoints import EVERY_FORMAT, NUMPY, floats, load, of_values, sample, save
+from small_checkpoints import EVERY_FORMAT, NUMPY, SEARCHED_FORMATS, floats, load, of_values, sample, save
 
 from streamquant import budget, pour
 from streamquant.plan import plan
 from streamquant.transcode import Options, convert, plan_tiles
+
+FORMATS = EVERY_FORMAT | SEARCHED_FORMATS
 
 # Of every format and mode, the sha256 of what `fixed_source` becomes (without the header, which names the version).
 # They may change only when the bytes on disk are meant to change; then say so in the commit.
@@ -23,6 +25,7 @@ GOLDEN = {
     "fp8-e5m2": "fe993af8968302db4f3df6bb2c0cf8e39a606e3b85748d67fff113dab2b0d015",
     "int8-tensor": "e9dd251c3611e374250e7a0d07a709e47e27bb013aaf12707ab409c454def337",
     "int8-row": "55c2436762821f932b579414477ba62fef0d3ae048747f1527769d6e4f230cef",
+    "int8-row-rotated": "4fef22a5bdb720d06ea94cbf712f21d9075e74759b2770715074aaf6b7084d45",
     "int8-block": "8c0c13581373ca273672f83590ee646f265990dcb28a6fa3419cf949599a81fc",
     "nf4": "f9ee50a03d8ede8bfade50a18bac201362b0cfdcc83470e45d01b934b6f40579",
     "nf4-double": "ea282b73d0ca3d1fcd0f7cf5ffe23930f7d5411920fe315b66ee130b57c2e23d",
@@ -46,7 +49,7 @@ def source(tmp_path_factory):
 
 def converted(source, folder, recipe, **options) -> bytes:
     out = folder / "out.safetensors"
-    convert(source, out, EVERY_FORMAT[recipe], force=True, **options)
+    convert(source, out, FORMATS[recipe], force=True, **options)
     return out.read_bytes()
 
 
@@ -57,7 +60,7 @@ def at_once(source, tmp_path, monkeypatch):
     def convert_at_once(recipe: str) -> bytes:
         with monkeypatch.context() as patch:
             patch.setattr(budget, "TARGET_TILE_BYTES", 8 << 20)
-            made = plan(source, EVERY_FORMAT[recipe])
+            made = plan(source, FORMATS[recipe])
             tiles = plan_tiles(made, Options(threads=1), "cpu").elements
             assert all(size >= unit.elements for size, unit in zip(tiles, made.units, strict=True))
             return converted(source, tmp_path, recipe, threads=1)
@@ -65,7 +68,7 @@ def at_once(source, tmp_path, monkeypatch):
     return convert_at_once
 
 
-@pytest.mark.parametrize("recipe", EVERY_FORMAT)
+@pytest.mark.parametrize("recipe", FORMATS)
 def test_tiles_threads_and_io_change_no_byte(source, tmp_path, monkeypatch, at_once, recipe):
     whole = at_once(recipe)
     for tile_bytes, threads, io in [
