@@ -19,7 +19,17 @@ TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the o
 LEARNED_ELEMENTS = 1 << 21  # of a tile whose codes are learned: its arithmetic is long, and its float32 form is kept
 LEARNED_BYTES = 4 + 4 + 1  # per element of such a tile, beyond the others: rotated, as a matrix, and its codes
 STRIP_BYTES = 4 * 32  # per column and thread: the errors of a strip of rows, for sweeps and a dense H
-PREPARED = 2  # layers that are prepared at once: the one in hand and the next
+
+
+@dataclass(frozen=True)
+class LearnedNeeds:
+    """What learning a layer's codes takes: bytes while its converter is made, bytes while it is used, and of how many
+    rows its tiles must be a multiple."""
+
+    preparing: int
+    prepared: int
+    rows: int = 1
+
 # What the process takes beyond tiles: compiled kernels or torch, thread stacks, buffers of the allocator. Measured
 # (`python -m benchmarks memory`), rounded up.
 OVERHEAD = {"numba": 128 * MEBIBYTE, "torch": 160 * MEBIBYTE}
@@ -54,24 +64,26 @@ def bytes_per_element(unit: Unit, io: str, backend: str) -> float:
 
 def tile_sizes(
     plan: Plan, memory_budget: int, threads: int, io: str, backend: str, vram_budget: int | None,
-    learned: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    learned: Mapping[int, LearnedNeeds] = MappingProxyType({}),
 ) -> TileSizes:  # fmt: skip
     """The tile of every unit under a budget in bytes of anonymous memory.
 
-    learned: by unit, the bytes that its converter takes, and of how many rows its tiles must be a multiple.
+    learned: by unit, for those whose codes are learned. The next layer's converter is made while one is used.
 
-    Raises BudgetError naming the first layer whose smallest tile (a row, a row of blocks, a run of nested blocks) does
-    not fit, with the budget it needs.
+    Raises BudgetError naming the layer that needs most where the smallest tiles (a row, a row of blocks, a run of nested
+    blocks) do not fit, with the budget it needs.
     """
     in_flight = tiles_in_flight(threads)
-    fixed = OVERHEAD[backend] + PREPARED * max((nbytes for nbytes, _ in learned.values()), default=0)
-    elements, peak = [], 0
+    needs = learned.values()
+    fixed = OVERHEAD[backend]
+    fixed += max((need.preparing for need in needs), default=0) + max((need.prepared for need in needs), default=0)
+    elements, peak, worst = [], 0, None
     for unit in plan.units:
         per_element = max(bytes_per_element(unit, io, backend), 0.125)
         granularity, target, overhead = unit.granularity, TARGET_TILE_BYTES // unit.element_bytes, fixed
         if unit.index in learned:
             per_element += LEARNED_BYTES
-            granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index][1])
+            granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index].rows)
             overhead += threads * STRIP_BYTES * unit.shape[1]
             target = LEARNED_ELEMENTS if vram_budget is None else 4 * LEARNED_ELEMENTS
         limit = (memory_budget - overhead) / in_flight / per_element
@@ -80,15 +92,17 @@ def tile_sizes(
             limit = min(limit, vram_budget / threads / (unit.element_bytes + 16))
         granules = max(min(target, limit) // granularity, 1)
         size = int(min(granules * granularity, max(unit.elements, 1)))
-        if size > limit:
-            need = overhead + math.ceil(size * per_element) * in_flight
-            raise BudgetError(
-                f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a "
-                f"budget of {memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or "
-                f"fewer --threads."
-            )
+        need = overhead + math.ceil(size * per_element) * in_flight
+        if size > limit and (worst is None or need > worst[0]):
+            worst = need, unit
         elements.append(size)
-        peak = max(peak, overhead + math.ceil(size * per_element) * in_flight)
+        peak = max(peak, need)
+    if worst:
+        need, unit = worst
+        raise BudgetError(
+            f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget "
+            f"of {memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
+        )
     return TileSizes(tuple(elements), in_flight, max(peak, fixed), memory_budget)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from streamquant.budget import LearnedNeeds
 from streamquant.formats.base import Encoded, Scales
 from streamquant.kernels import ErrorSums
 from streamquant.kernels.codebooks import CODE_VALUES
@@ -28,11 +29,14 @@ SAMPLED_ROWS = 128  # of a layer, or up to twice as many, on which the output er
 SAMPLED_BLOCKS = 31
 
 
-def prepared_bytes(columns: int, rank: int, dense: bool) -> int:
-    """Memory that preparing H for a layer takes, and what stays of it: bytes, rounded up."""
+def needs(columns: int, rank: int, dense: bool) -> LearnedNeeds:
+    """Memory that H of a layer takes while it is prepared and when it is: float64 factors, their float32 forms."""
     if dense:
-        return 6 * FACTOR_BYTES * columns * columns
-    return columns * (5 * FACTOR_BYTES * (rank + 8) + 4 * FACTOR_BYTES * BLOCK)
+        return LearnedNeeds(6 * FACTOR_BYTES * columns * columns, 2 * FACTOR_BYTES * columns * columns)
+    width = rank + 8
+    return LearnedNeeds(
+        columns * FACTOR_BYTES * (6 * width + 4 * BLOCK), columns * FACTOR_BYTES * (2 * width + 2 * BLOCK)
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from streamquant import calibration
+from streamquant.budget import LearnedNeeds
 from streamquant.calibration import Calibration, LayerStatistics
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import TileReader
@@ -19,8 +21,8 @@ from streamquant.plan import Plan, Unit
 from streamquant.presets import strip_prefix
 from streamquant.report import NEAREST, SEARCHED
 
-from . import structure, svd, svd_converter
-from .converter import LearnedRoundingConverter, prepared_bytes
+from . import converter, structure, svd, svd_converter
+from .converter import LearnedRoundingConverter
 from .hadamard import hadamard
 from .hessian import LayerHessian
 from .scales import searches
@@ -59,16 +61,17 @@ class LayerKnowledge:
         """Whether the layer's codes are learned, for which its tiles must be whole rows."""
         return self.origin(unit) not in ("", NEAREST, SEARCHED)
 
-    def needs(self, unit: Unit) -> tuple[int, int] | None:
-        """(bytes, rows): memory that the layer's converter takes while it is made and used, and of how many rows its
-        tiles must be a multiple. None where no code is learned."""
+    def needs(self, unit: Unit) -> LearnedNeeds | None:
+        """The memory that learning the layer's codes takes, None where none is learned."""
         if not self.refines(unit):
             return None
-        rank = self.plan.recipe.calibration_rank
-        if self.origin(unit) == SVD:
-            return svd_converter.prepared_bytes(unit.shape, rank), SvdConverter.row_multiple
-        guessed = structure.INPUTS * 4 * unit.shape[1] if self.origin(unit) == STRUCTURE else 0
-        return prepared_bytes(unit.shape[1], rank, dense="whole" in self.origin(unit)) + guessed, 1
+        origin, rank = self.origin(unit), self.plan.recipe.calibration_rank
+        if origin == SVD:
+            return svd_converter.needs(unit.shape, rank)
+        found = converter.needs(unit.shape[1], rank, dense="whole" in origin)
+        if origin == STRUCTURE:
+            return replace(found, preparing=max(found.preparing, 4 * structure.INPUTS * unit.shape[1] + (50 << 20)))
+        return found
 
     def statistics(self, unit: Unit) -> LayerStatistics | None:
         """What is known of the layer's inputs."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from streamquant.budget import LearnedNeeds
 from streamquant.formats.base import Encoded, Scales
 from streamquant.kernels import why_no_jit
 from streamquant.kernels.svd_descent import GROUP_ROWS
@@ -16,9 +17,9 @@ from .svd import SvdObjective
 DEFAULT_SWEEPS = 2
 
 
-def prepared_bytes(shape: tuple[int, int], rank: int) -> int:
-    """Memory that finding the singular vectors of a weight takes: bytes."""
-    return 6 * 8 * (rank + 8) * sum(shape)
+def needs(shape: tuple[int, int], rank: int) -> LearnedNeeds:
+    """Memory that the singular vectors of a weight take, and the rows that a tile must hold."""
+    return LearnedNeeds(6 * 8 * (rank + 8) * sum(shape), 2 * 8 * rank * sum(shape), GROUP_ROWS)
 
 
 class SvdConverter:
@@ -28,7 +29,6 @@ class SvdConverter:
     """
 
     refines = True
-    row_multiple = GROUP_ROWS
 
     def __init__(self, objective: SvdObjective, sweeps: int = 0, rotation: int = 0):
         self.left, self.right = objective.left, objective.right
