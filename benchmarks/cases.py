@@ -22,7 +22,8 @@ def _scaled(kind: str, mode: str) -> Case:
     peer_kind = ("--int8",) if kind == "int8" else ()
     return Case(
         name=f"{kind}-{mode}",
-        ours=(f"--{kind}", "--scaling-mode", mode),
+        # The peer is asked for --simple, which is bare absmax: so are we.
+        ours=(f"--{kind}", "--scaling-mode", mode, "--rtn"),
         peer=(*peer_kind, "--scaling_mode", mode, *block),
     )
 
@@ -34,7 +35,7 @@ _INT8_FP8 = Case(
     # INT8 rows with the layers at both ends in FP8. The peer needs to be told twice to keep it simple, and to scale
     # the FP8 layers by tensor, or it learns their rounding for hours and writes what ComfyUI cannot load.
     "int8-fp8",
-    ours=("--int8", *_MIXED),
+    ours=("--int8", *_MIXED, "--rtn"),
     peer=("--int8", "--scaling_mode", "row", *_MIXED, "--custom-simple", "--custom-scaling-mode", "tensor"),
 )
 
@@ -42,8 +43,11 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         *(_scaled(kind, mode) for kind in ("fp8", "int8") for mode in ("tensor", "row", "block")),
-        Case("nf4", ("--bnb-4bit",)),
-        Case("nf4-double", ("--bnb-4bit", "--bnb-double-quant")),
+        Case("nf4", ("--bnb-4bit", "--rtn")),
+        Case("nf4-double", ("--bnb-4bit", "--bnb-double-quant", "--rtn")),
+        # As they come, without --rtn: rows are rotated and scales are searched where that lowers the error.
+        Case("int8-default", ("--int8",)),
+        Case("nf4-default", ("--bnb-4bit",)),
         _HEADLINE,
         _INT8_FP8,
     )
