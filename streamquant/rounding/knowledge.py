@@ -140,9 +140,10 @@ class LayerKnowledge:
             return TIME
         if self.calibration and (seen := self.calibration.find(unit.layer)):
             if seen.columns != columns:
+                where = printable(str(self.plan.recipe.calibration), 300)
                 raise CalibrationError(
-                    f"{printable(unit.layer)} has {columns} inputs, and {seen.columns} in the calibration file: it was "
-                    f"made for another model."
+                    f"{where}: {printable(unit.layer)} has {seen.columns} inputs in it, and {columns} in the checkpoint: it "
+                    f"was made for another model."
                 )
             whole = seen.hessian is not None and self.plan.recipe.calibration_mode == "dense"
             form = "whole H" if whole else f"rank {min(self.plan.recipe.calibration_rank, columns)}"

@@ -14,7 +14,7 @@ from conversions import Watcher, interrupt
 from small_checkpoints import EVERY_FORMAT, floats, of_values, save, save_shards
 
 from streamquant import FormatChoice, Recipe, errors, open_checkpoint
-from streamquant.calibration import CalibrationError
+from streamquant.calibration import Calibration, LayerStatistics
 from streamquant.layer_config import read_layer_config
 from streamquant.transcode import convert
 
@@ -22,7 +22,7 @@ from streamquant.transcode import convert
 EXIT_CODES = {
     errors.StreamquantError: 1, errors.UsageError: 2, errors.PreflightError: 4, errors.CheckpointError: 5,
     errors.SourceReadError: 6, errors.DestinationWriteError: 7, errors.NonFiniteError: 8, errors.ResumeError: 9,
-    CalibrationError: 10, errors.InterruptedRunError: 130,
+    errors.CalibrationError: 10, errors.UnsoundOutputError: 11, errors.InterruptedRunError: 130,
 }  # fmt: skip
 INT8 = EVERY_FORMAT["int8-row"]
 
@@ -112,6 +112,17 @@ def other_kind(folder: Path) -> None:
     open_checkpoint(folder / "m.gguf")
 
 
+def other_model(folder: Path) -> None:
+    moments = LayerStatistics(4, np.zeros(9, np.float32), np.ones(9, np.float32), sketch=np.ones((9, 2), np.float32))
+    Calibration({"l0": moments}).save(folder / "c.safetensors")
+    convert(good(folder), folder / "o.safetensors", Recipe(FormatChoice("int8"), calibration=folder / "c.safetensors"))
+
+
+def no_calibration(folder: Path) -> None:
+    recipe = Recipe(FormatChoice("int8"), calibration=good(folder))
+    convert(good(folder), folder / "o.safetensors", recipe)
+
+
 def converted(**options) -> Callable[[Path], object]:
     recipe = options.pop("recipe", INT8)
     return lambda folder: convert(good(folder), folder / options.get("name", "o.safetensors"), recipe, **options)
@@ -144,6 +155,8 @@ FAILURES = [
     (errors.NonFiniteError, not_finite, ["l.weight[0, 0]", "inf", "--allow-nonfinite"]),
     (errors.SourceReadError, source_changes, ["m.safetensors", "changed"]),
     (errors.DestinationWriteError, disk_fails, ["o.safetensors", "Input/output error", "--resume"]),
+    (errors.CalibrationError, other_model, ["c.safetensors", "l0 has 9 inputs", "16 in the checkpoint", "another model"]),
+    (errors.CalibrationError, no_calibration, ["m.safetensors", "not a calibration file", "collect"]),
     (errors.ResumeError, another_recipe, [".journal", "recipe.base.format", "int8_tensorwise", "bnb_nf4", "delete it"]),
     (errors.InterruptedRunError, stopped, ["what was written is kept"]),
 ]  # fmt: skip
@@ -180,6 +193,7 @@ def test_every_error_outside_the_header_is_provoked_here():
     """A class that nothing raises is a promise to nobody."""
     provoked = {kind for kind, _, _ in FAILURES}
     abstract = {errors.StreamquantError, errors.CheckpointError, errors.HeaderError, errors.RunError}
+    abstract |= {errors.UnsoundOutputError}  # raised by verify alone, see tests/verify
     header = set(errors.HeaderError.__subclasses__())
     declared = {
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.StreamquantError)

@@ -221,7 +221,7 @@ def test_what_is_not_known_is_said(source, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "fields", "words"),
     [
-        ({"blocks.0.qkv": 65}, {}, "has 64 inputs, and 65 in the calibration"),
+        ({"blocks.0.qkv": 65}, {}, "has 65 inputs in it, and 64 in the checkpoint"),
         ({"other.0.qkv": 64}, {}, "none of its layers is in this checkpoint"),
         ({"blocks.0.qkv": 64}, {"calibration_mode": "dense"}, "holds sketches"),
         ({"a.blocks.0.qkv": 64, "blocks.0.qkv": 64}, {}, None),
