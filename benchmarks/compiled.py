@@ -21,18 +21,24 @@ from typing import Any
 from unittest import mock
 
 import click
+import numpy as np
 import torch
+
+from streamquant.kernels.feedback import BLOCK, Feedback
+from streamquant.kernels.refined import GRIDS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PATH = Path(__file__).resolve().parent / "results" / "compiled.csv"
 ROWS, COLUMNS = 6144, 36864  # the largest layer of Flux.2-dev
 TYPE_NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.bool: "i1",
 }
 
 
@@ -66,7 +72,8 @@ class Compiled:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Calls of launchers by name: every kernel, with every branch that compiles to something else."""
-    from streamquant.kernels.gpu import bnb4, dequantize, fp8, hadamard, int8, launch
+    from streamquant.kernels.gpu import absmax, bnb4, dequantize, fp8, hadamard, int8, launch
+    from streamquant.kernels.gpu.refine import refine
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -102,6 +109,9 @@ def variants() -> dict[str, Callable[[], Any]]:
         calls[f"{book} blocks of 64 bf16"] = partial(bnb4.encode, bf16.view(-1), 64, book)
     calls |= {
         "nf4 blocks of 64 bf16, measured": partial(bnb4.encode, bf16.view(-1), 64, "nf4", True),
+        "nf4 blocks of 64 bf16, given scales, measured": partial(
+            bnb4.encode, bf16.view(-1), 64, "nf4", True, empty(torch.float32, ROWS * COLUMNS // 64)
+        ),
         "nf4 blocks of 4096 f32, short last block": partial(bnb4.encode, f32.view(-1)[:-1], 4096, "nf4"),
     }
     for codes, name in ((torch.float8_e4m3fn, "fp8 e4m3"), (torch.float8_e5m2, "fp8 e5m2"), (torch.int8, "int8")):
@@ -114,12 +124,12 @@ def variants() -> dict[str, Callable[[], Any]]:
         }
     elements = ROWS * COLUMNS
     packed, book = empty(torch.uint8, elements // 2), empty(torch.float32, 16)
-    absmax = empty(torch.float32, elements // 64)
+    block_absmax = empty(torch.float32, elements // 64)
     nested = dequantize.Nested(empty(torch.float32, elements // 64 // 256), empty(torch.float32, 256), 256, 0.1)
     codes = empty(torch.uint8, elements // 64)
     calls |= {
-        "decode nf4 to bf16": partial(dequantize.decode_4bit, packed, absmax, 64, book, elements, torch.bfloat16),
-        "decode nf4 to f32": partial(dequantize.decode_4bit, packed, absmax, 64, book, elements, torch.float32),
+        "decode nf4 to bf16": partial(dequantize.decode_4bit, packed, block_absmax, 64, book, elements, torch.bfloat16),
+        "decode nf4 to f32": partial(dequantize.decode_4bit, packed, block_absmax, 64, book, elements, torch.float32),
         "decode nf4 double-quantized to f16": partial(
             dequantize.decode_4bit, packed, codes, 64, book, elements, torch.float16, nested
         ),
@@ -151,7 +161,37 @@ def variants() -> dict[str, Callable[[], Any]]:
         ),
         "rotated int8 rows, groups of 64 bf16": partial(hadamard.encode_rows, narrow[:, :3072].contiguous(), 64),
     }
+    calls |= {
+        "absmax of rows bf16": partial(absmax.group_absmax, bf16),
+        "absmax of groups of 64 f32": partial(absmax.group_absmax, f32.view(-1, 64)),
+        "absmax of a tensor, odd, bf16": partial(absmax.group_absmax, odd.view(1, -1)),
+    }
+    few, wide = _feedback(COLUMNS, 64, dense=False), _feedback(4096, 0, dense=True)
+    for grid in GRIDS:
+        # 4-bit scales change along a row; the others here do not.
+        groups = COLUMNS // 64 if grid in ("nf4", "fp4") else 1
+        scale, column_group = empty(torch.float32, ROWS, groups), empty(torch.int64, COLUMNS)
+        calls[f"refined {grid} f32"] = partial(refine, f32, scale, column_group, few, grid, sweeps=1)
+        scale, column_group = empty(torch.float32, ROWS, 1), empty(torch.int64, 4096)
+        calls[f"refined {grid} f32, dense"] = partial(
+            refine, f32[:, :4096].contiguous(), scale, column_group, wide, grid, sweeps=1
+        )
+    scale, column_group = empty(torch.float32, ROWS, 1), empty(torch.int64, COLUMNS)
+    calls["refined int8 bf16, no sweeps"] = partial(refine, bf16, scale, column_group, few, "int8")
+    odd_columns = empty(torch.int64, COLUMNS - 1)
+    calls["refined nf4 bf16, odd"] = partial(
+        refine, odd, empty(torch.float32, ROWS - 1, 577), odd_columns, _feedback(COLUMNS - 1, 72, dense=False), "nf4"
+    )
     return calls
+
+
+def _feedback(columns: int, rank: int, dense: bool) -> Feedback:
+    """A feedback of the right shapes; what it says is nobody's concern."""
+    padded = -(-columns // BLOCK) * BLOCK
+    width = padded if dense else rank
+    blocks = padded // BLOCK, BLOCK, BLOCK
+    matrices = (np.ones(shape, np.float32) for shape in ((padded, width), (padded, width), blocks, blocks))
+    return Feedback(dense, np.arange(columns), *matrices, *(np.ones(padded, np.float32) for _ in range(3)))
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:

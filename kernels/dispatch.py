@@ -359,7 +359,8 @@ class TorchBackend:
     ) -> None:
         with self._context():
             table, groups = self._on_device(CODE_VALUES[grid]), self._on_device(column_group)
-            step = max(TORCH_CHUNK // max(matrix.shape[1], 1), 1)
+            chunk = NORM_CHUNK if self.device.type == "cuda" else TORCH_CHUNK
+            step = max(chunk // max(matrix.shape[1], 1), 1)
             for begin in range(0, len(matrix), step):
                 rows = slice(begin, begin + step)
                 values = table[self._on_device(codes[rows].view(np.uint8)).int()]

@@ -78,7 +78,7 @@ def refine(
     }
     errors, state, codes, after = _forward(columns, feedback.dense, prepared, grid)
     for _ in range(sweeps):
-        after -= _sweep(columns, feedback.dense, prepared, grid, errors, state, codes)
+        _sweep(columns, feedback.dense, prepared, grid, errors, state, codes, after)
     before = torch.full_like(after, torch.nan)
     if guard:
         rounded, nearest_codes = round_to_grid(columns.weights, columns.scale, columns.factor, grid)
@@ -108,19 +108,19 @@ def _forward(columns: _Columns, dense: bool, prepared: dict[str, torch.Tensor], 
             wanted = weights[:, column] - cross[:, column - begin]
             rounded, codes[:, column] = round_to_grid(wanted, columns.scale[:, column], columns.factor[:, column], grid)
             errors[:, column] = rounded - weights[:, column]
-            objective += prepared["pivots"][column].double() * (rounded - wanted).double().square()
+            miss = (rounded - wanted).double()
+            objective += prepared["pivots"][column].double() * miss * miss
             cross += errors[:, column, None] * coupling[block, :, column - begin]
         if not dense:
             _add_product(state, errors[:, begin : begin + BLOCK], vectors[begin : begin + BLOCK].T)
     return errors, state, codes, objective
 
 
-def _sweep(columns: _Columns, dense: bool, prepared: dict[str, torch.Tensor], grid: str, errors, state, codes):
-    """One sweep, in place on errors, state and codes. Returns what it took off the objective, [rows] float64."""
+def _sweep(columns: _Columns, dense: bool, prepared: dict[str, torch.Tensor], grid: str, errors, state, codes, objective):
+    """One sweep, in place on errors, state, codes and objective [rows] float64."""
     weights = columns.weights
     rows, count = weights.shape
     vectors, slopes = prepared["vectors"], prepared["slopes"]
-    saved = torch.zeros(rows, dtype=torch.float64, device=weights.device)
     for block, begin in enumerate(range(0, count, BLOCK)):
         cross = weights.new_zeros(rows, BLOCK)
         _add_product(cross, errors if dense else state, vectors[begin : begin + BLOCK])
@@ -137,11 +137,10 @@ def _sweep(columns: _Columns, dense: bool, prepared: dict[str, torch.Tensor], gr
             changes[:, local] = torch.where(better, new - old, 0)
             errors[:, column] = torch.where(better, new, old)
             codes[:, column] = torch.where(better, code, codes[:, column])
-            saved += torch.where(better, bend.double() * (old_miss.square() - new_miss.square()), 0.0)
+            objective -= torch.where(better, bend.double() * (old_miss.square() - new_miss.square()), 0.0)
             cross += changes[:, local, None] * slopes[block, :, local]
         if not dense:
             _add_product(state, changes, vectors[begin : begin + BLOCK].T)
-    return saved
 
 
 def _objective(errors: torch.Tensor, dense: bool, prepared: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -159,8 +158,13 @@ def _objective(errors: torch.Tensor, dense: bool, prepared: dict[str, torch.Tens
             _add_product(cross, errors[:, :end], gains[begin:end, :end])
         else:
             _add_product(state, errors[:, begin:end], vectors[begin:end].T)
-        objective += (shares[begin:end] * cross.double().square()).sum(1)
-    return objective if dense else objective + state.double().square().sum(1)
+        for column in range(begin, min(end, count)):
+            miss = cross[:, column - begin].double()
+            objective += shares[column] * miss * miss
+    if not dense:
+        for term in state.double().unbind(1):
+            objective += term * term
+    return objective
 
 
 def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

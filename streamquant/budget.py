@@ -17,6 +17,7 @@ from streamquant.plan import Plan, Unit
 MEBIBYTE = 1 << 20
 TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the overheads, small enough for the cache
 LEARNED_ELEMENTS = 1 << 21  # of a tile whose codes are learned: its arithmetic is long, and its float32 form is kept
+LEARNED_ELEMENTS_ON_DEVICE = 1 << 25  # there time grows with the columns and hardly with the rows: many at once
 LEARNED_BYTES = 4 + 4 + 1  # per element of such a tile, beyond the others: rotated, as a matrix, and its codes
 STRIP_BYTES = 4 * 32  # per column and thread: the errors of a strip of rows, for sweeps and a dense H
 
@@ -82,10 +83,10 @@ def tile_sizes(
         per_element = max(bytes_per_element(unit, io, backend), 0.125)
         granularity, target, overhead = unit.granularity, TARGET_TILE_BYTES // unit.element_bytes, fixed
         if unit.index in learned:
-            per_element += LEARNED_BYTES
+            per_element += LEARNED_BYTES if vram_budget is None else 1
             granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index].rows)
             overhead += threads * STRIP_BYTES * unit.shape[1]
-            target = LEARNED_ELEMENTS if vram_budget is None else 4 * LEARNED_ELEMENTS
+            target = LEARNED_ELEMENTS if vram_budget is None else LEARNED_ELEMENTS_ON_DEVICE
         limit = (memory_budget - overhead) / in_flight / per_element
         if vram_budget is not None:
             # On the device: the tile, its float32 form, its codes and one temporary, per worker.

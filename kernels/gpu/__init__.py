@@ -14,8 +14,8 @@ OLDEST_CAPABILITY = (7, 5)
 
 
 @functools.cache
-def why_not() -> str | None:
-    """None when the kernels can run here, else the reason in words."""
+def why_not(device: str = "cuda") -> str | None:
+    """None when the kernels can run on a device ("cuda[:N]"), else the reason in words."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     if importlib.util.find_spec("triton") is None:
@@ -24,7 +24,7 @@ def why_not() -> str | None:
 
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < OLDEST_CAPABILITY:
         return f"the device is sm_{capability[0]}{capability[1]}, and the kernels need sm_75 or newer"
     try:

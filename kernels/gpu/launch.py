@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ LOADABLE = (torch.bfloat16, torch.float16, torch.float32)
 # A tile that stays in registers between finding its absmax and encoding it: 32 elements a thread with 16 warps.
 RESIDENT_ELEMENTS = 16384
 STREAMED_ELEMENTS = 2048  # of a program whose elements do not depend on each other: 16 a thread with 4 warps
+# One thread at a time: Triton's caches of compiled kernels, and its interpreter altogether, are not made for several.
+_starting = threading.Lock()
 
 
 def interpreting() -> bool:
@@ -95,5 +98,5 @@ def start(kernel: Any, programs: int, *arguments: Any, num_warps: int, **constan
     if not programs:
         return
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _starting, torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)

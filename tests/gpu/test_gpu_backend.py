@@ -16,7 +16,7 @@ from tiles import JIT, KINDS, QUICK, all_bf16, dtypes, kinds, raw_bytes, seeds, 
 from streamquant.formats.bnb4 import BnbFP4, BnbNF4
 from streamquant.formats.fp8 import Float8Block3d, Float8BlockWise, Float8E5M2, Float8RowWise, Float8TensorWise
 from streamquant.formats.int8 import Int8BlockWise, Int8TensorWise
-from streamquant.kernels import ErrorSums, TorchBackend, select
+from streamquant.kernels import ErrorSums, TorchBackend, gpu, select
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here")
 
@@ -36,13 +36,14 @@ LAYOUTS = [
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 
-@pytest.fixture(scope="module")
-def gpu() -> TorchBackend:
-    return TorchBackend("cuda")
+@pytest.fixture(scope="module", params=["torch", "selected"])
+def backend(request) -> TorchBackend:
+    """Plain torch on the device, and what is chosen for it: Triton kernels where they run."""
+    return TorchBackend("cuda") if request.param == "torch" else select("cuda")
 
 
-def check(layout, weight: torch.Tensor, gpu: TorchBackend, tile_elements: int | None = None) -> None:
-    ours, cpu = encode_whole(layout, weight, gpu, tile_elements), encode_whole(layout, weight, JIT, tile_elements)
+def check(layout, weight: torch.Tensor, backend: TorchBackend, tile_elements: int | None = None) -> None:
+    ours, cpu = encode_whole(layout, weight, backend, tile_elements), encode_whole(layout, weight, JIT, tile_elements)
     for suffix, data in cpu.raw().items():
         assert ours.raw()[suffix] == data, suffix
     assert ours.finite == cpu.finite
@@ -51,44 +52,45 @@ def check(layout, weight: torch.Tensor, gpu: TorchBackend, tile_elements: int | 
     assert ours.sums.weight == pytest.approx(cpu.sums.weight, rel=1e-3, abs=1e-60)
 
 
-def test_select_gives_the_torch_backend_on_the_device():
-    assert isinstance(select("cuda"), TorchBackend)
-    assert select("cuda").device.type == "cuda"
+def test_select_gives_triton_on_the_device_where_it_runs():
+    chosen = select("cuda")
+    assert chosen.name == ("triton" if gpu.why_not() is None else "torch")
+    assert chosen.device.type == "cuda"
 
 
 @each_layout
 @QUICK
 @given(kind=kinds, dtype=dtypes, rows=st.integers(1, 6), columns=st.integers(1, 60), seed=seeds)
-def test_every_format_writes_the_bytes_of_the_cpu(gpu, layout, kind, dtype, rows, columns, seed):
+def test_every_format_writes_the_bytes_of_the_cpu(backend, layout, kind, dtype, rows, columns, seed):
     rows, columns = rows * 16, columns * 16
-    check(layout, weights(kind, rows * columns, dtype, seed).view(rows, columns), gpu)
+    check(layout, weights(kind, rows * columns, dtype, seed).view(rows, columns), backend)
 
 
 @each_layout
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_large_tiles_one_after_another(gpu, layout, kind):
+def test_large_tiles_one_after_another(backend, layout, kind):
     """Several tiles through one staging buffer, none waiting for a person to synchronize."""
     weight = weights(kind, 1024 * 2048, "BF16", seed=1).view(1024, 2048)
     grain = layout.granularity((1024, 2048), "BF16")
-    check(layout, weight, gpu, tile_elements=math.ceil((1 << 19) / grain) * grain)
+    check(layout, weight, backend, tile_elements=math.ceil((1 << 19) / grain) * grain)
 
 
 @each_layout
-def test_every_bf16_pattern_but_nan(gpu, layout):
+def test_every_bf16_pattern_but_nan(backend, layout):
     patterns = all_bf16()
     finite = patterns[patterns.isfinite()]
     finite = torch.cat([finite, finite[: (1 << 16) - finite.numel()]])
-    check(layout, finite.view(256, 256), gpu)
+    check(layout, finite.view(256, 256), backend)
 
 
 @each_layout
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_special_values(gpu, layout, dtype, special):
+def test_special_values(backend, layout, dtype, special):
     """The rare path that mends NaN runs on the backend's stream like any other."""
     weight = weights("gauss", 512 * 512, dtype, seed=1).view(512, 512)
     weight[300, 7] = special
-    ours, cpu = encode_whole(layout, weight, gpu), encode_whole(layout, weight, JIT)
+    ours, cpu = encode_whole(layout, weight, backend), encode_whole(layout, weight, JIT)
     assert not ours.finite and not cpu.finite
     for suffix, tensor in cpu.tensors.items():
         other = ours.tensors[suffix]
@@ -99,13 +101,13 @@ def test_special_values(gpu, layout, dtype, special):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F64"])
-def test_a_tile_survives_the_loading_of_the_next(gpu, dtype):
+def test_a_tile_survives_the_loading_of_the_next(backend, dtype):
     """The staging buffer is used again while nothing has been computed yet."""
     tensors = [weights("gauss", 1 << 22, dtype, seed=seed) for seed in range(4)]
-    tiles = [gpu.load(raw_bytes(tensor), dtype) for tensor in tensors]
+    tiles = [backend.load(raw_bytes(tensor), dtype) for tensor in tensors]
     for tensor, tile in zip(tensors, tiles, strict=True):
         expected = JIT.absmax(JIT.load(raw_bytes(tensor), dtype), 1024)
-        assert np.array_equal(gpu.absmax(tile, 1024), expected)
+        assert np.array_equal(backend.absmax(tile, 1024), expected)
 
 
 def test_workers_with_a_backend_each_do_not_disturb_one_another():
@@ -116,7 +118,7 @@ def test_workers_with_a_backend_each_do_not_disturb_one_another():
         return [backend.bnb4(backend.load(raw_bytes(tensor), "BF16"), 64, "nf4", sums)[0] for _ in range(3)]
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda tensor: encode(TorchBackend("cuda"), tensor), tensors))
+        found = list(pool.map(lambda tensor: encode(select("cuda"), tensor), tensors))
     for tensor, results in zip(tensors, found, strict=True):
         expected = encode(JIT, tensor)[0]
         assert all(np.array_equal(result, expected) for result in results)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS / folder) for folder in ("kernels", "rounding")]
 
 
 @pytest.fixture(scope="session")
