@@ -54,7 +54,7 @@ def prepare(diagonal: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.n
     """The gains g [N, k] and pivots d [N] of H = diag(D) + V Vᵀ, float64.
 
     diagonal [N]: D > 0. vectors [N, k]: V. Both in the order of the visit. With S = I at first, backward over j
-    (ROUNDING.md, "Error feedback"; S is (I + Σ_{i>j} v_i v_iᵀ / D_i)⁻¹ by Sherman and Morrison):
+    (docs/rounding.md; S is (I + Σ_{i>j} v_i v_iᵀ / D_i)⁻¹ by Sherman and Morrison):
         u = S v_j;  d_j = D_j + v_jᵀ u;  g_j = u / d_j;  S ← S - u uᵀ / d_j
     Raises ValueError when an entry of D is not a positive number.
     """

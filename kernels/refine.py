@@ -2,7 +2,7 @@
 
 For H prepared by `streamquant.kernels.feedback` (its notation), every row on its own, columns in its order:
 
-    forward   t_j = w_j - Σ_{i<j} e_i L_ij;  q_j = round(t_j);  e_j = q_j - w_j        (ROUNDING.md, "Error feedback")
+    forward   t_j = w_j - Σ_{i<j} e_i L_ij;  q_j = round(t_j);  e_j = q_j - w_j        (docs/rounding.md)
     sweep     x = e_j - (H e)_j / H_jj;  q_j = round(w_j + x) where that lies nearer to w_j + x than q_j does
 
 The forward pass leaves e H eᵀ = Σ_j Δ_j (q_j - t_j)². x is where a column's parabola has its minimum, so a step of a

@@ -1,4 +1,4 @@
-"""Scales of least squared error, in plain torch: the definition (ROUNDING.md, method A).
+"""Scales of least squared error, in plain torch: the definition (docs/rounding.md, A).
 
     FP8    17 candidates, multipliers 448 / absmax · 2^(-i/17), i = 0 … 16: never clips
     books  13 ratios of absmax from 0.70 to 1.15, then two least-squares refits of the scale to the chosen codes

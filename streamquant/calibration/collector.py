@@ -5,7 +5,7 @@
             generate(model, prompt)
     collector.calibration().save("model.calibration.safetensors")
 
-A dozen prompts or more and a few spread steps of each do better than many steps of few (ROUNDING.md). Cost: a token
+A dozen prompts or more and a few spread steps of each do better than many steps of few (docs/rounding.md). Cost: a token
 adds 4·N·r flops to a layer's 2·N·M. `budget` bounds that share: of each call only so many tokens are taken, evenly
 spread, that it holds. Products are taken in float32 whatever the model computes in, outside autocast, and summed in
 float32 (sketch, H) or float64 (mean, diagonal).
@@ -168,7 +168,7 @@ def self_calibrate(
 ) -> Calibration:  # fmt: skip
     """A calibration without data: a flow-matching model run on its own trajectories, from noise, with random context.
 
-    It keeps 85 % of what real prompts give (ROUNDING.md). velocity(latent, time, **context): calls the model and
+    It keeps 85 % of what real prompts give (docs/rounding.md). velocity(latent, time, **context): calls the model and
     returns dx/dt, shaped as the latent; time is a float32 tensor [batch] falling from 1 (noise) to 0. input_shapes:
     "latent" and each context by its keyword, with the batch first; contexts are standard normal. The path is integrated
     by Euler's method in `steps` steps; of each trajectory the steps nearest to the shares `recorded` of the way are

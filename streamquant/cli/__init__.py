@@ -13,7 +13,13 @@ from click.shell_completion import get_completion_class
 
 from streamquant import __version__, presets
 
+from .calibration import calibration
+from .compare import compare
 from .convert import convert
+from .dequantize import dequantize
+from .doctor import doctor
+from .inspect import inspect
+from .verify import verify
 
 MAX_WIDTH = 100
 CONTEXT = {
@@ -38,6 +44,8 @@ def main() -> None:
 
 
 main.add_command(convert)
+for command in (calibration, inspect, verify, compare, dequantize, doctor):
+    main.add_command(command)
 
 
 @main.command("presets")

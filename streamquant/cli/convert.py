@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import click
 
 from streamquant import presets
+from streamquant.cli.running import stop_on_signals
 from streamquant.cli.words import Size
 from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
@@ -75,7 +74,7 @@ CONVERT_HELP = {
     "Machine and screen": [
         ("--memory-budget --vram-budget", "[1GiB, 2GiB]"),
         ("--device --io", "auto, cpu, cuda[:N]; auto, mmap, pread"),
-        ("--threads", "[all processors]"),
+        ("--threads --report", "[all processors]; write a page with pictures"),
         ("--json --quiet --help", "for programs; errors only; this text"),
     ],
 }
@@ -142,6 +141,7 @@ class GroupedHelp(click.Command):
 @click.option("--device", default="auto", metavar="NAME")
 @click.option("--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", metavar="HOW")
 @click.option("--threads", type=click.IntRange(1), metavar="N")
+@click.option("--report", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("-q", "--quiet", is_flag=True)
 def convert(**given: Any) -> None:
@@ -187,8 +187,12 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
         screen.show_plan(*dry_run(source, output, recipe, options), output)
         return
     with screen.watching() as observer:
-        report = convert(source, output, recipe, options=options, observer=observer, stop=_stop_on_signals())
+        report = convert(source, output, recipe, options=options, observer=observer, stop=stop_on_signals())
     screen.show_report(report)
+    if given["report"]:
+        from streamquant.pages import write_conversion_page
+
+        write_conversion_page(given["report"], source, report)
 
 
 def _source(given: dict[str, Any]) -> str:
@@ -271,18 +275,3 @@ def default_output(source: Path, recipe: Recipe) -> Path:
     choices = [recipe.base, *([recipe.custom] if recipe.custom else [])]
     words = dict.fromkeys(word for choice in choices for word in (choice.kind.replace("_", "-"), choice.mode_word) if word)
     return source.parent / f"{stem}-{'-'.join(words)}.safetensors"
-
-
-def _stop_on_signals() -> threading.Event:
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop

@@ -1,7 +1,7 @@
 """Learned rounding of one layer: scales of least error, then codes that make up for each other's errors.
 
 What a user feels is the output error tr((Q - W) H (Q - W)ᵀ), H = XᵀX / n being the second moment of the layer's inputs
-(ROUNDING.md). Where H is known, the scales are searched with its diagonal as weights and the codes are found by error
+(docs/rounding.md). Where H is known, the scales are searched with its diagonal as weights and the codes are found by error
 feedback (`streamquant.kernels.refine`). Where nothing is known of the inputs there is nothing to learn from: the scales
 are searched, and the codes are rounded to nearest.
 """

@@ -1,7 +1,8 @@
 """H, the second moment of a layer's inputs, made fit for rounding: shrunk, rotated, ordered, prepared.
 
 H is measured on few inputs and used on others, so it is drawn toward the identity: (1 - s) H + s · mean(diag H) · I,
-with s = 0.1 for the sketch and max(0.1, min(0.5, N / 2n)) for the dense form of n inputs (ROUNDING.md, "C").
+with s = 0.1 for the sketch and max(0.03, min(0.5, N / 2n)) for the dense form of n inputs (docs/rounding.md: less than 0.1
+costs the sketch and helps the whole H where it was measured on many inputs).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from streamquant.calibration.statistics import LayerStatistics
 from streamquant.kernels.feedback import Feedback, dense_feedback, low_rank_feedback
 
 SKETCH_SHRINKAGE = 0.1
-DENSE_SHRINKAGE = (0.1, 0.5)
+DENSE_SHRINKAGE = (0.03, 0.5)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LayerHessian:
 
     @property
     def shrinkage(self) -> float:
-        """How far toward the identity ROUNDING.md draws an H of this form and this many inputs."""
+        """How far toward the identity an H of this form and this many inputs is drawn."""
         if self.matrix is None:
             return SKETCH_SHRINKAGE
         least, most = DENSE_SHRINKAGE

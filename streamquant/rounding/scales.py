@@ -1,4 +1,4 @@
-"""Which scales are searched, and with what weights: method A of ROUNDING.md.
+"""Which scales are searched, and with what weights: method A of docs/rounding.md.
 
     FP8 with row scales or blocks up to 64   17 candidates from absmax / 448 upward, which never clip
     NF4                                      13 ratios of absmax, then two least-squares refits

@@ -1,0 +1,177 @@
+"""The pictures of a page, drawn by matplotlib as SVG that takes its text colour from the page, dark or light."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamquant.checkpoint.header import printable
+from streamquant.errors import UsageError
+
+INK = "#010203"  # stands for the page's own text colour, and is replaced by it
+# Okabe and Ito's colours, which people of every colour vision tell apart; the markers tell them apart without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+CELL, LEFT, RIGHT, PANEL = 0.24, 1.7, 1.3, 0.75  # inches: of a cell, beside the cells, above and below those of a stack
+_NUMBER = re.compile(r"(?<![0-9A-Za-z_])\d+(?![0-9A-Za-z_])")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layer in the pictures. error: relative, of its weights."""
+
+    name: str
+    format: str
+    error: float
+    output_bytes: int
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("A report needs matplotlib for its pictures: pip install matplotlib.") from None
+    # Objects of its own rather than pyplot's: no window, no state shared with the caller's pictures.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none", "svg.hashsalt": "streamquant", "font.family": "sans-serif", "font.size": 9,
+        "text.parse_math": False,
+        "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.spines.top": False, "axes.spines.right": False,
+    }  # fmt: skip
+    return matplotlib, Figure, rc_context(settings)
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The figure as an SVG element; `label` is read to those who cannot see it."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # names of vocabularies, of no use here
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def blocks_and_kinds(points: Sequence[Point]) -> dict[str, tuple[list[int], list[str], np.ndarray]]:
+    """Layers in blocks: stack -> (block numbers, kinds of layer, errors [kinds, blocks], NaN where there is no layer)."""
+    stacks: dict[str, dict[tuple[int, str], float]] = {}
+    for point in points:
+        match = _NUMBER.search(point.name)
+        if match and math.isfinite(point.error):
+            stack, kind = point.name[: match.start()].rstrip("."), point.name[match.end() :].lstrip(".")
+            stacks.setdefault(stack, {})[int(match[0]), kind] = point.error
+    tables = {}
+    for stack, cells in stacks.items():
+        blocks, kinds = sorted({block for block, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
+        grid = np.full((len(kinds), len(blocks)), np.nan)
+        for (block, kind), error in cells.items():
+            grid[kinds.index(kind), blocks.index(block)] = error
+        tables[stack] = (blocks, kinds, grid)
+    return tables
+
+
+def heat_map(points: Sequence[Point]) -> str | None:
+    """Relative error by block and kind of layer, on one logarithmic colour scale; None when no layer is in a block."""
+    tables = {stack: table for stack, table in blocks_and_kinds(points).items() if (table[2] > 0).sum() > 1}
+    if not tables:
+        return None
+    _, Figure, settings = _matplotlib()
+    from matplotlib.colors import LogNorm
+
+    every = np.concatenate([grid[grid > 0] for _, _, grid in tables.values()])
+    norm = LogNorm(float(every.min()) / 1.02, float(every.max()) * 1.02)
+    # Places are in inches: every cell is a square of the same size, in whatever stack.
+    widest = max(len(blocks) for blocks, _, _ in tables.values()) * CELL
+    heights = [len(kinds) * CELL for _, kinds, _ in tables.values()]
+    width, height = LEFT + widest + RIGHT, sum(heights) + PANEL * len(tables)
+    with settings:
+        figure = Figure(figsize=(width, height))
+        top = height
+        for (stack, (blocks, kinds, grid)), tall in zip(tables.items(), heights, strict=True):
+            top -= PANEL / 2 + tall
+            wide = len(blocks) * CELL
+            panel = figure.add_axes((LEFT / width, top / height, wide / width, tall / height))
+            top -= PANEL / 2
+            _draw_panel(panel, printable(stack, 40) or "layers", blocks, [printable(kind, 40) or "weight" for kind in kinds])
+            panel.pcolormesh(np.ma.masked_invalid(np.where(grid > 0, grid, np.nan)), norm=norm, cmap="cividis")
+            panel.invert_yaxis()
+        tall = min(height - PANEL, 2.4)
+        bar = figure.add_axes(((LEFT + widest + 0.35) / width, 1 - (PANEL / 2 + tall) / height, 0.16 / width, tall / height))
+        _draw_bar(bar, norm)
+        return _svg(figure, "Heat map of the relative error by block and kind of layer")
+
+
+def _draw_panel(panel: Any, title: str, blocks: list[int], kinds: list[str]) -> None:
+    panel.set_title(title, loc="left", fontsize=10)
+    step = max(1, len(blocks) // 24)
+    panel.set_xticks(np.arange(len(blocks))[::step] + 0.5, [str(block) for block in blocks[::step]])
+    panel.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
+    panel.tick_params(length=0)
+    for side in panel.spines.values():
+        side.set_visible(False)
+
+
+def _draw_bar(bar: Any, norm: Any) -> None:
+    """The colour scale, in rectangles: matplotlib's own would be a bitmap, which the page does not let in."""
+    edges = np.geomspace(norm.vmin, norm.vmax, 65)
+    bar.pcolormesh([0, 1], edges, np.sqrt(edges[1:] * edges[:-1])[:, None], norm=norm, cmap="cividis", edgecolors="face")
+    bar.set_yscale("log")
+    bar.set_xticks([])
+    ticks = [edges[0], (edges[0] * edges[-1]) ** 0.5, edges[-1]]
+    bar.set_yticks(ticks, [f"{value:.2g}" for value in ticks])
+    bar.minorticks_off()
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.set_ylabel("relative error of the weights")
+    for side in bar.spines.values():
+        side.set_visible(False)
+
+
+def error_against_size(points: Sequence[Point]) -> str | None:
+    """Each layer's relative error over its bytes in the output, a colour and a marker for each format."""
+    drawn = [point for point in points if math.isfinite(point.error) and point.error > 0 and point.output_bytes]
+    if not drawn:
+        return None
+    _, Figure, settings = _matplotlib()
+    from matplotlib.ticker import FuncFormatter
+
+    with settings:
+        figure = Figure(figsize=(7.2, 3.6))
+        panel = figure.subplots()
+        formats = list(dict.fromkeys(point.format for point in drawn))
+        for number, name in enumerate(formats):
+            chosen = [point for point in drawn if point.format == name]
+            panel.scatter(
+                [point.output_bytes / 1e6 for point in chosen], [point.error for point in chosen], s=26, alpha=0.85,
+                linewidths=0, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+                label=printable(name, 40),
+            )  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(FuncFormatter(_minor_label if _spans_little(axis) else lambda *_: ""))
+        panel.grid(True, which="major", color=INK, alpha=0.12, linewidth=0.6)
+        panel.set_xlabel("size in the output, MB")
+        panel.set_ylabel("relative error")
+        panel.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        return _svg(figure, "Relative error of every layer against its size")
+
+
+def _spans_little(axis: Any) -> bool:
+    """Whether an axis shows less than a decade, and would have hardly a label."""
+    low, high = axis.get_view_interval()
+    return high / low < 15
+
+
+def _minor_label(value: float, _: int) -> str:
+    leading = round(value / 10 ** math.floor(math.log10(value)))
+    return f"{value:g}" if leading in (2, 3, 5) else ""

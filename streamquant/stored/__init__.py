@@ -1,0 +1,17 @@
+"""What a checkpoint holds, whoever wrote it: which layers are quantized, how, and their weights again, by tiles."""
+
+from .contents import Contents, StoredLayer, read_contents
+from .layouts import TILE_ELEMENTS, Layout, Plain, Read, ScaledCodes, Tile, tiles
+
+__all__ = [
+    "TILE_ELEMENTS",
+    "Contents",
+    "Layout",
+    "Plain",
+    "Read",
+    "ScaledCodes",
+    "StoredLayer",
+    "Tile",
+    "read_contents",
+    "tiles",
+]

@@ -1,0 +1,90 @@
+"""What error a format has to make: the reference encoded afresh, to nearest, with scales of its own.
+
+A file is judged by that, layer by layer, and not by a constant: INT8 with one scale may be off by 20 % on a layer with
+outliers and be perfectly sound.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from streamquant.kernels import ErrorSums, select
+from streamquant.kernels.codebooks import INT8_MAX
+
+from .four_bit import Blocks4bit
+from .layouts import Layout, ScaledCodes, largest_value, rotate
+
+SMALLEST_ABSMAX = np.float32(1e-12)
+NESTED_SLACK = 0.02  # of an absmax in 8 bits, beside what the codes make
+ROUNDING_SLACK = 1e-6  # of float32 arithmetic, where a format represents all weights exactly
+
+
+def nearest_error(layout: Layout, reference: np.ndarray, absmax: float | None) -> float | None:
+    """Relative Frobenius error of `reference` (float32 [n]: whole rows) in this layout, codes rounded to nearest.
+
+    absmax: the largest magnitude of the whole reference, which a tensor scale needs. None when there is no knowing: a
+    tensor scale without absmax, rows cut in pieces, a reference that is not finite.
+    """
+    if not np.isfinite(reference).all():
+        return None
+    if isinstance(layout, ScaledCodes):
+        return _scaled_error(layout, reference, absmax)
+    if isinstance(layout, Blocks4bit):
+        sums = ErrorSums()
+        _backend().bnb4(_load(reference), layout.block_size, layout.book_name, sums)
+        return _relative(sums) + (NESTED_SLACK if layout.nested else ROUNDING_SLACK)
+    return 0.0 if layout.relative_error is None else layout.relative_error
+
+
+def _scaled_error(layout: ScaledCodes, reference: np.ndarray, absmax: float | None) -> float | None:
+    values = rotate(reference, layout.rotation) if layout.rotation else reference
+    per_run, run = _run_absmax(layout, values, absmax)
+    if per_run is None:
+        return None
+    sums, tile = ErrorSums(), _load(values)
+    dtype = layout.codes.info.dtype
+    per_run = np.maximum(per_run, SMALLEST_ABSMAX)
+    if dtype == "I8":
+        _backend().int8(tile, run, per_run / np.float32(INT8_MAX), sums)
+    else:
+        scale = per_run / np.float32(largest_value(dtype))
+        if layout.scale is None:
+            scale = np.ones_like(per_run)
+        _backend().fp8(tile, run, np.float32(1) / scale, scale, {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}[dtype], sums)
+    return _relative(sums) + ROUNDING_SLACK
+
+
+def _run_absmax(layout: ScaledCodes, values: np.ndarray, absmax: float | None) -> tuple[np.ndarray | None, int]:
+    """The magnitude that each run of contiguous values shares its scale for (float32 [runs]), and the length of a run."""
+    if layout.scale is None:
+        return np.ones(1, dtype=np.float32), values.size
+    columns, width = layout.columns, layout.column_block
+    if layout.scale.info.elements == 1:
+        if absmax is None:
+            return None, 0
+        # A rotation spreads outliers: the largest magnitude after it is found in the values themselves.
+        largest = float(np.abs(values).max()) if layout.rotation else absmax
+        return np.array([largest], dtype=np.float32), values.size
+    if values.size % columns or columns % width:
+        return None, 0
+    per_run = np.abs(values).reshape(-1, width).max(axis=1)
+    if layout.row_block > 1:
+        rows = per_run.reshape(-1, columns // width)
+        starts = np.arange(0, len(rows), layout.row_block)
+        shared = np.maximum.reduceat(rows, starts, axis=0)
+        per_run = np.repeat(shared, np.diff([*starts, len(rows)]), axis=0).reshape(-1)
+    return per_run.astype(np.float32), width
+
+
+def _backend():
+    return select("cpu")
+
+
+def _load(values: np.ndarray):
+    return _backend().load(memoryview(np.ascontiguousarray(values)).cast("B"), "F32")
+
+
+def _relative(sums: ErrorSums) -> float:
+    return math.sqrt(sums.error / sums.weight) if sums.weight else 0.0

@@ -1,0 +1,229 @@
+"""How one weight lies in its tensors, and any part of it in floating point again.
+
+A layout decodes ranges: whole rows, or a piece of one row, so that memory depends neither on the weight's size nor on
+its shape. The arithmetic is that of `streamquant.kernels`' references in float32 (codes times scale, 4-bit book times
+absmax, then the rotation), to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from streamquant.checkpoint.reader import SourceTensor
+
+from .numbers import byte_values, decode_bytes, floats
+
+Read = Callable[[SourceTensor, int, int], Any]  # bytes [begin, end) of a tensor: `TileReader.tile`
+
+TILE_ELEMENTS = 1 << 18  # float32 of a tile stay in the second cache, and calls are few
+COMMON_EDGES = (128, 64, 256, 32, 16, 512)  # of blocks that share a scale
+ROW_ALIGNMENT = 128  # rows that share a band of tiled scales (NVFP4, MXFP8)
+
+
+@dataclass
+class Tile:
+    """A decoded range. values: float32 [n]. saturated: how many codes are at an end of their grid."""
+
+    values: np.ndarray
+    saturated: int = 0
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """One weight in a file. shape: as a loader sees it."""
+
+    shape: tuple[int, ...]
+    relative_error: ClassVar[float | None] = None  # usual for the format, where this project has no encoder to ask
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row: the last dimension; of a scalar, 1."""
+        return self.shape[-1] if self.shape else 1
+
+    @abstractmethod
+    def decode(self, read: Read, begin: int, end: int) -> Tile:
+        """Elements [begin, end) of the flattened weight: whole rows, or a part of one row."""
+
+    def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
+        """Up to about `limit` of the weight's scales, float32, and whether these are all."""
+        return np.empty(0, dtype=np.float32), True
+
+    def misreadings(self) -> list[tuple[str, Layout]]:
+        """(what would be wrong with the file, the layout that reads it all the same): how a bad layer is diagnosed."""
+        return []
+
+
+def tiles(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Cut a weight into ranges of about `elements` (a power of two) that every layout decodes."""
+    total = math.prod(shape)
+    columns = shape[-1] if shape else 1
+    if not total:
+        return
+    if columns > elements:
+        for row in range(0, total, columns):
+            for begin in range(row, row + columns, elements):
+                yield begin, min(begin + elements, row + columns)
+        return
+    rows = elements // columns
+    step = (rows // ROW_ALIGNMENT * ROW_ALIGNMENT or rows) * columns
+    for begin in range(0, total, step):
+        yield begin, min(begin + step, total)
+
+
+@dataclass(frozen=True)
+class Plain(Layout):
+    """A floating tensor."""
+
+    tensor: SourceTensor
+
+    def decode(self, read: Read, begin: int, end: int) -> Tile:
+        width = self.tensor.info.nbytes // self.tensor.info.elements
+        return Tile(floats(read(self.tensor, begin * width, end * width), self.tensor.info.dtype))
+
+
+@dataclass(frozen=True)
+class ScaledCodes(Layout):
+    """FP8 or INT8 codes with scales of any extent: `w = code * scale / divisor`, perhaps rotated.
+
+    row_block x column_block elements share a scale; scales [ceil(rows / row_block), ceil(columns / column_block)] lie
+    row-major, whatever shape the tensor has. scale: None stands for 1. rotation: the Hadamard group size, 0 for none.
+    """
+
+    codes: SourceTensor
+    scale: SourceTensor | None = None
+    row_block: int = 0
+    column_block: int = 0
+    rotation: int = 0
+    divisor: float = 1.0
+    reciprocal: bool = False
+
+    @property
+    def scales_in_row(self) -> int:
+        return -(-self.columns // self.column_block)
+
+    def decode(self, read: Read, begin: int, end: int) -> Tile:
+        codes = np.frombuffer(read(self.codes, begin, end), dtype=np.uint8)
+        values = decode_bytes(codes, self.codes.info.dtype)
+        saturated = _saturated(codes, self.codes.info.dtype)
+        if self.scale is not None:
+            self._scale(values, read, begin)
+        if self.rotation:
+            values = rotate(values, self.rotation)
+        return Tile(values, saturated)
+
+    def _scale(self, values: np.ndarray, read: Read, begin: int) -> None:
+        """Multiply a run of values that starts at element `begin` by their scales, in place."""
+        first_row, first_column = divmod(begin, self.columns)
+        rows = -(-(first_column + values.size) // self.columns)
+        scales = self._scales(read, first_row, first_row + rows)
+        if scales.size == 1:
+            values *= scales.reshape(-1)[0]
+            return
+        if self.row_block > 1:
+            scales = scales[np.arange(first_row, first_row + rows) // self.row_block - first_row // self.row_block]
+        whole_rows = values.size == rows * self.columns
+        if whole_rows and self.columns % self.column_block == 0:
+            values.reshape(rows, -1, self.column_block)[...] *= scales[:, :, None]
+            return
+        columns = np.arange(first_column, first_column + values.size // rows)
+        values.reshape(rows, -1)[...] *= scales[:, columns // self.column_block]
+
+    def _scales(self, read: Read, first_row: int, end_row: int) -> np.ndarray:
+        """The scales of rows [first_row, end_row): float32 [rows of blocks, scales_in_row]."""
+        width = self.scale.info.nbytes // self.scale.info.elements
+        first, last = first_row // self.row_block, (end_row - 1) // self.row_block + 1
+        across = self.scales_in_row
+        raw = read(self.scale, first * across * width, last * across * width)
+        scales = floats(raw, self.scale.info.dtype).reshape(-1, across)
+        if self.reciprocal:
+            with np.errstate(divide="ignore"):
+                scales = np.float32(1) / scales
+        return scales / np.float32(self.divisor) if self.divisor != 1.0 else scales
+
+    def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
+        if self.scale is None:
+            return super().scales(read, limit)
+        found, complete = first_scales(self.scale, read, limit)
+        return found / np.float32(self.divisor), complete
+
+    def misreadings(self) -> list[tuple[str, Layout]]:
+        readings: list[tuple[str, Layout]] = []
+        if self.scale is not None:
+            readings.append(("its scale is stored as the reciprocal", replace(self, reciprocal=True)))
+        if self.rotation:
+            readings.append(("it is marked as rotated, but its codes are not", replace(self, rotation=0)))
+        elif len(self.shape) == 2:
+            groups = [group for group in (256, 64, 16, 1024, 4096) if self.columns % group == 0]
+            readings += [
+                (f"its codes are rotated in groups of {group}, but it is not marked so", replace(self, rotation=group))
+                for group in groups
+            ]
+        return readings
+
+
+def first_scales(tensor: SourceTensor, read: Read, limit: int) -> tuple[np.ndarray, bool]:
+    """The first `limit` values of a scale tensor, float32, and whether these are all."""
+    width = tensor.info.nbytes // max(tensor.info.elements, 1)
+    count = min(limit, tensor.info.elements)
+    return floats(read(tensor, 0, count * width), tensor.info.dtype), count == tensor.info.elements
+
+
+def _saturated(codes: np.ndarray, dtype: str) -> int:
+    """How many codes have the largest finite magnitude of their grid (INT8: -128 too)."""
+    if dtype == "I8":
+        return int(np.count_nonzero(codes.view(np.int8) >= 127) + np.count_nonzero(codes.view(np.int8) <= -127))
+    largest = {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}[dtype]
+    return int(np.count_nonzero((codes & 0x7F) == largest))
+
+
+def rotate(values: np.ndarray, group: int) -> np.ndarray:
+    """Runs of `group` float32 values multiplied by the Hadamard matrix (its own inverse)."""
+    from streamquant.kernels import select
+
+    rotated = select("cpu").rotate(values, group)
+    return rotated if isinstance(rotated, np.ndarray) else rotated.numpy()
+
+
+def geometry(shape: tuple[int, ...], scale_shape: tuple[int, ...], declared: int = 0) -> tuple[int, int] | None:
+    """(row_block, column_block) of scales with this shape over a weight of `shape`; None when they cannot be its scales.
+
+    One scale covers the tensor; [M] or [M, 1] the rows; [R, C] or [R, C, 1] blocks, of which the last in a row or column
+    may be short. declared: the edge of a block that the file states, 0 where it states none.
+    """
+    count = math.prod(scale_shape)
+    if count == 1:
+        return max(math.prod(shape[:-1]), 1), max(shape[-1] if shape else 1, 1)
+    if len(shape) != 2:
+        return None
+    rows, columns = shape
+    if count == rows and scale_shape in ((rows,), (rows, 1), (rows, 1, 1)):
+        return 1, columns
+    if len(scale_shape) == 3 and scale_shape[2] == 1:
+        scale_shape = scale_shape[:2]
+    if len(scale_shape) != 2 or not all(scale_shape) or scale_shape[0] > rows or scale_shape[1] > columns:
+        return None
+    row_block, column_block = _edge(rows, scale_shape[0], declared), _edge(columns, scale_shape[1], declared)
+    return (row_block, column_block) if row_block and column_block else None
+
+
+def _edge(length: int, blocks: int, declared: int) -> int:
+    """How many elements a block has along one side; 0 when no edge gives so many blocks. A last block may be short, so
+    several edges may fit: the declared one goes first, then those in use.
+    """
+    even = length // blocks if length % blocks == 0 else 0
+    for edge in (declared, even if even in COMMON_EDGES else 0, *COMMON_EDGES, even, -(-length // blocks)):
+        if edge and -(-length // edge) == blocks:
+            return edge
+    return 0
+
+
+def largest_value(dtype: str) -> float:
+    """The largest finite value of a one-byte code."""
+    values = byte_values(dtype)
+    return float(values[np.isfinite(values)].max())

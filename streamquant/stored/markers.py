@@ -1,0 +1,91 @@
+"""What a file says of its own layers: ComfyUI's markers, bitsandbytes' quant_state, the conversion's provenance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from streamquant import errors
+from streamquant.checkpoint.header import Header, printable
+from streamquant.checkpoint.reader import Checkpoint, SourceTensor
+from streamquant.plan import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KEY
+
+from .layouts import Read
+
+MAX_MARKER_BYTES = 1 << 16  # a marker is a few hundred bytes; one of megabytes is not a marker
+
+
+def json_tensor(read: Read, tensor: SourceTensor) -> dict[str, Any]:
+    """The JSON object in a U8 tensor, perhaps padded with spaces. Raises MetadataError when there is none."""
+    if tensor.info.dtype == "U8" and tensor.info.nbytes <= MAX_MARKER_BYTES:
+        try:
+            document = json.loads(bytes(read(tensor, 0, tensor.info.nbytes)).decode("utf-8"))
+        except (ValueError, RecursionError):
+            document = None
+        if isinstance(document, dict):
+            return document
+    raise errors.MetadataError(
+        f'The tensor "{printable(tensor.name)}" should hold a JSON object that describes a layer, and does not: the file is '
+        f"damaged or badly written."
+    )
+
+
+def header_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The layers that `_quantization_metadata` lists, of all files. Raises MetadataError when it is malformed."""
+    layers: dict[str, Any] = {}
+    for file in checkpoint.files:
+        try:
+            listed = json.loads(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
+        except (ValueError, AttributeError, RecursionError):
+            listed = None
+        if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+            raise errors.MetadataError(
+                f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should be."
+            )
+        layers |= listed
+    return layers
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a conversion wrote about itself into one file. hashes: tensor name -> xxh3_64 in hex."""
+
+    version: str
+    recipe: dict[str, Any]
+    source: list[dict[str, Any]]
+    hashes: dict[str, str]
+    entry: dict[str, Any]
+
+
+def provenance(header: Header, where: str) -> Provenance | None:
+    """The `streamquant` entry of a header, or None when there is none. Raises MetadataError when it is malformed."""
+    text = header.metadata.get(PROVENANCE_KEY)
+    if text is None:
+        return None
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict):
+        raise errors.MetadataError(f"{printable(where, 300)}: its {PROVENANCE_KEY} entry is not a JSON object.")
+    digits = entry.pop("tensor_xxh3_64", None)
+    hashes = {}
+    if digits is not None:
+        hexadecimal = isinstance(digits, str) and all(digit in "0123456789abcdef" for digit in digits)
+        if not hexadecimal or len(digits) != HASH_DIGITS * len(header.tensors):
+            raise errors.MetadataError(
+                f"{printable(where, 300)}: its manifest does not hold {HASH_DIGITS} hex digits for each of its "
+                f"{len(header.tensors):,} tensors."
+            )
+        cuts = range(0, len(digits), HASH_DIGITS)
+        hashes = dict(zip(header.tensors, (digits[cut : cut + HASH_DIGITS] for cut in cuts), strict=True))
+    source = entry.get("source")
+    recipe = entry.get("recipe")
+    return Provenance(
+        str(entry.get("version", "?")),
+        recipe if isinstance(recipe, dict) else {},
+        source if isinstance(source, list) else [],
+        hashes,
+        entry,
+    )

@@ -1,0 +1,145 @@
+"""What all views share: how tables look, how numbers are spelled, how progress is shown."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from streamquant.checkpoint.header import printable
+from streamquant.console import PLAIN_SECONDS, Screen
+from streamquant.verdict import Unwatched, Watcher
+
+LISTED = 12  # findings shown before the rest is counted
+
+
+def show(screen: Screen, parts: list[Table | Text | Tree]) -> None:
+    """Print to standard output; lines are never cut, so that a path can be copied whole."""
+    for part in parts:
+        screen.out.print(part, soft_wrap=isinstance(part, Text))
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table in the manner of this program; `right`: the columns that hold numbers."""
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in columns:
+        if heading in right:
+            made.add_column(heading, justify="right", no_wrap=True)
+        else:
+            made.add_column(heading, overflow="fold")
+    return made
+
+
+def name_of(text: str, limit: int = 120) -> Text:
+    """A name from a file: data, never markup."""
+    return Text(printable(text, limit))
+
+
+def path_of(path: Path) -> str:
+    return printable(str(path), 4096)
+
+
+def report_line(path: Path) -> Text:
+    """Where a page was written."""
+    return Text.assemble(("report  ", "bold"), path_of(path))
+
+
+def ratio(value: float | None) -> str:
+    """A relative error."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "nan"
+    return f"{value:.4f}" if 0.0001 <= value < 1000 or not value else f"{value:.1e}"
+
+
+def decibels(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact" if value > 0 else "none"
+
+
+def shape_of(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 layer", "2,000 layers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def sentences(heading: str, lines: list[str]) -> list[Text]:
+    """A heading and the first few lines under it."""
+    parts = [Text(f"\n{heading}", style="bold"), *(Text(f"  {line}") for line in lines[:LISTED])]
+    if len(lines) > LISTED:
+        parts.append(Text(f"  and {len(lines) - LISTED:,} more (--json lists all)"))
+    return parts
+
+
+@contextmanager
+def watching(screen: Screen) -> Iterator[Watcher]:
+    """A watcher in the manner the user chose: a bar on a terminal, lines in a log, nothing with --json or --quiet."""
+    if screen.as_json or screen.quiet:
+        yield Unwatched()
+    elif screen.err.is_terminal:
+        with Progress(screen) as progress:
+            yield progress
+    else:
+        yield Lines(screen)
+
+
+class Progress(Unwatched):
+    """A progress bar by bytes, with the tensor in hand."""
+
+    def __init__(self, screen: Screen):
+        self._bar = RichProgress(
+            BarColumn(bar_width=28), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[tensor]}"),
+            console=screen.err, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None, tensor="", start=False)
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def started(self, total_bytes: int) -> None:
+        self._bar.update(self._task, total=total_bytes)
+        self._bar.start_task(self._task)
+
+    def progress(self, name: str, nbytes: int) -> None:
+        self._bar.update(self._task, advance=nbytes, tensor=escape(printable(name, 40)))
+
+
+class Lines(Unwatched):
+    """A line now and then, for logs."""
+
+    def __init__(self, screen: Screen):
+        self._screen = screen
+        self._done = self._total = 0
+        self._start = self._last = time.monotonic()
+
+    def started(self, total_bytes: int) -> None:
+        self._total = total_bytes
+
+    def progress(self, name: str, nbytes: int) -> None:
+        self._done += nbytes
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        speed = decimal(int(self._done / max(now - self._start, 1e-9)))
+        text = f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {speed}/s"
+        self._screen.err.print(Text(f"{text}  {printable(name, 60)}"), soft_wrap=True)

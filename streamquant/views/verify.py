@@ -1,0 +1,96 @@
+"""The screens of `streamquant verify`."""
+
+from __future__ import annotations
+
+import math
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from streamquant.checkpoint.header import printable
+from streamquant.verdict import LayerCheck, Verdict
+
+from .common import count, decibels, name_of, path_of, ratio, sentences, table
+
+
+def verdict_view(found: Verdict) -> list[Table | Text]:
+    """A table by format, what is wrong, and the verdict."""
+    parts: list[Table | Text] = [Text(note) for note in found.notes]
+    if found.layers:
+        parts.append(_formats(found))
+    if found.removed:
+        names = ", ".join(printable(name) for name in list(found.removed)[:3])
+        parts.append(
+            Text(f"\nLeft out by {next(iter(found.removed.values()))}: {count(len(found.removed), 'tensor')} ({names} …)")
+        )
+    if found.findings:
+        lines = [
+            f"{printable(finding.tensor)}: {finding.text}" if finding.tensor else finding.text for finding in found.findings
+        ]
+        parts += sentences(f"Unsound ({len(lines):,})", lines)
+    parts.append(Text(f"\n{_done(found)}", style="dim"))
+    if found.sound:
+        looked = "sound" if found.sampled >= 1 else f"nothing wrong in the {found.sampled:.0%} that were looked at"
+        parts.append(Text.assemble((looked, "bold green"), "  ", path_of(found.output)))
+    else:
+        parts.append(Text.assemble(("unsound", "bold red"), "  ", path_of(found.output)))
+    return parts
+
+
+def _formats(found: Verdict) -> Table:
+    """Per format and scaling: the mean and worst relative error, the worst of the rest, the mean share of saturated codes."""
+    numbers = ("layers", "error", "worst", "dB", "cosine", "largest", "saturated")
+    made = table("format", *numbers, right=numbers)
+    grouped: dict[tuple[str, str], list[LayerCheck]] = {}
+    for layer in found.layers:
+        grouped.setdefault((layer.format, layer.detail), []).append(layer)
+    for (name, detail), layers in grouped.items():
+        made.add_row(Text(f"{printable(name, 40)}, {detail}"), *_numbers(layers))
+    return made
+
+
+def _numbers(layers: list[LayerCheck]) -> list[str]:
+    errors = [layer.relative_error for layer in layers]
+    saturated = sum(layer.saturated_share for layer in layers) / len(layers)
+    return [
+        f"{len(layers):,}",
+        ratio(math.fsum(errors) / len(errors) if all(map(math.isfinite, errors)) else math.inf),
+        ratio(max(errors)),
+        decibels(min(layer.signal_to_noise for layer in layers)),
+        f"{min(layer.cosine for layer in layers):.5f}",
+        f"{max(layer.largest_error for layer in layers):.2g}",
+        f"{saturated:.2%}",
+    ]
+
+
+def _done(found: Verdict) -> str:
+    """What was looked at, and how fast."""
+    words = []
+    if found.layers:
+        words.append(f"{count(len(found.layers), 'layer')} decoded and compared")
+    if found.copied[0]:
+        words.append(f"{count(found.copied[0], 'tensor')} compared byte for byte")
+    if found.hashes_known:
+        words.append(f"{found.hashed[0]:,} of {found.hashes_known:,} hashes agree")
+    looked = found.source_bytes * min(found.sampled, 1.0)
+    speed = decimal(int(looked / max(found.seconds, 1e-9)))
+    return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed}/s"
+
+
+def checked_layers_view(found: Verdict) -> Table:
+    """Every layer, the worst first."""
+    numbers = ("error", "nearest", "dB", "cosine", "largest")
+    made = table("layer", "format", *numbers, right=numbers)
+    for layer in sorted(found.layers, key=lambda layer: -layer.relative_error):
+        made.add_row(
+            name_of(layer.key.removesuffix(".weight")),
+            name_of(layer.format, 40),
+            ratio(layer.relative_error),
+            ratio(layer.nearest_error),
+            decibels(layer.signal_to_noise),
+            f"{layer.cosine:.5f}",
+            f"{layer.largest_error:.2g}",
+            style=None if layer.sound else "red",
+        )
+    return made

@@ -1,0 +1,142 @@
+"""The report page: right numbers, nothing from outside, names as data, and a real browser that draws it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from small_checkpoints import floats, save
+
+import streamquant
+from streamquant import FormatChoice, Recipe, cli, errors
+from streamquant.verify import verify
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+from streamquant.pages import write_conversion_page, write_verdict_page
+from streamquant.pages.pictures import Point, blocks_and_kinds, error_against_size, heat_map
+from streamquant.pages.samples import BINS, histogram, sample_layers
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NASTY = 'a"><script>alert(1)</script>$x^2$.0'
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    tensors = {f"blocks.{block}.{kind}.weight": floats(64, 128, seed=10 * block + number)
+               for block in range(4) for number, kind in enumerate(("attn.qkv", "mlp.up"))}  # fmt: skip
+    tensors |= {"img_in.weight": floats(64, 64), f"{NASTY}.weight": floats(64, 64), "norm.weight": floats(64)}
+    save(folder / "source.safetensors", tensors)
+    recipe = Recipe(FormatChoice("nf4"), custom_layers="img_in", custom=FormatChoice("fp8"))
+    report = streamquant.convert(folder / "source.safetensors", folder / "output.safetensors", recipe)
+    write_conversion_page(folder / "conversion", folder / "source.safetensors", report)
+    verdict = verify(folder / "source.safetensors", folder / "output.safetensors")
+    assert write_verdict_page(folder / "verdict", verdict) == folder / "verdict" / "report.html"
+    return folder
+
+
+def page(files: Path, kind: str = "verdict") -> str:
+    return (files / kind / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["verdict", "conversion"])
+def test_a_page_needs_nothing_beside_it(files, kind):
+    text = page(files, kind)
+    assert [entry.name for entry in (files / kind).iterdir()] == ["report.html"]
+    assert "default-src 'none'" in text
+    addresses = set(re.findall(r"https?://[^\s\"'<>;]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names of vocabularies, not loaded"
+    assert not re.search(r"\b(src|href)=[\"'](?!#)", re.sub(r"xlink:href", "", text)), (
+        "no picture, script or style from elsewhere"
+    )
+
+
+def test_the_numbers_are_the_verdict_s(files):
+    verdict = verify(files / "source.safetensors", files / "output.safetensors")
+    text = page(files)
+    for layer in verdict.layers:
+        assert f"{layer.relative_error:.4f}" in text
+    assert "sound" in text and f"{verdict.hashed[0]:,} of {verdict.hashes_known:,} hashes agree" in text
+    recipe = json.loads(
+        text[text.index("<pre>") + 5 : text.index("</pre>")].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">")
+    )
+    assert recipe["made by"]["recipe"]["custom_layers"] == "img_in"
+    assert recipe["page written with"]["streamquant"] == streamquant.__version__
+
+
+def test_names_are_data(files):
+    text = page(files)
+    assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
+
+
+def test_pictures_are_sound_svg_in_the_page_s_own_colour(files):
+    pictures = re.findall(r"<svg.*?</svg>", page(files), flags=re.DOTALL)
+    assert len(pictures) == 2
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+        assert "currentColor" in picture and "<image" not in picture and "#010203" not in picture
+
+
+def test_blocks_and_kinds():
+    points = [Point(f"x.{block}.{kind}", "f", block + number / 10, 1) for block in (3, 1) for number, kind in enumerate("ab")]
+    points += [Point("head", "f", 9.0, 1), Point("x.7.a", "f", float("inf"), 1), Point("x.2.b", "f", 5.0, 1)]
+    ((stack, (blocks, kinds, grid)),) = blocks_and_kinds(points).items()
+    assert (stack, blocks, kinds) == ("x", [1, 2, 3], ["a", "b"])
+    np.testing.assert_array_equal(grid, [[1.0, np.nan, 3.0], [1.1, 5.0, 3.1]])
+
+
+def test_where_there_is_nothing_to_draw():
+    assert heat_map([]) is None and error_against_size([]) is None
+    assert heat_map([Point("head", "f", 0.1, 5)]) is None
+    assert error_against_size([Point("x.0.a", "f", 0.0, 5), Point("x.1.a", "f", float("inf"), 5)]) is None
+    equal = [Point(f"x.{block}.a", "f", 0.1, 5) for block in range(3)]
+    assert heat_map(equal) and error_against_size(equal)
+
+
+def test_histograms_count_every_value(files):
+    samples = sample_layers(files / "source.safetensors", files / "output.safetensors")
+    assert set(samples) == {
+        f"{layer.key}" for layer in verify(files / "source.safetensors", files / "output.safetensors").layers
+    }
+    found = samples["blocks.0.attn.qkv.weight"]
+    assert sum(found.weights.counts) == sum(found.errors.counts) == 64 * 128
+    assert sum(found.scales.counts) == 64 * 128 // 64
+    assert samples["img_in.weight"].scales is None, "one scale makes no histogram"
+    values = np.array([-2.0, -1, 0, 1, 2, np.nan, np.inf])
+    assert sum(histogram(values, True).counts) == 5 and len(histogram(values, True).counts) == BINS
+    assert histogram(np.array([np.nan]), True) is None
+    assert sum(histogram(np.zeros(7), False).counts) == sum(histogram(np.zeros(7), True).counts) == 7
+
+
+def test_an_unsound_output_has_its_findings_on_the_page(tmp_path, files):
+    other = save(tmp_path / "other.safetensors", {"img_in.weight": floats(64, 64, seed=77)})
+    verdict = verify(other, files / "output.safetensors")
+    text = write_verdict_page(tmp_path / "page", verdict).read_text(encoding="utf-8")
+    assert "What is unsound" in text and "nothing tried explains how" in text
+
+
+def test_verify_writes_a_page_on_request(tmp_path, files):
+    arguments = ["verify", files / "source.safetensors", files / "output.safetensors", "--report", tmp_path / "new" / "page"]
+    shown = CliRunner().invoke(cli.main, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert str(tmp_path / "new" / "page" / "report.html") in shown.stdout
+    (tmp_path / "file").write_text("")
+    refused = CliRunner().invoke(cli.main, list(map(str, [*arguments[:-1], tmp_path / "file" / "page"])))
+    assert refused.exit_code == errors.DestinationWriteError.exit_code, refused.output
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
+def test_a_real_browser_draws_it(files, tmp_path):
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    address = (files / "verdict" / "report.html").as_uri()
+    dumped = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True).stdout
+    place = dumped[dumped.index('id="histograms"') : dumped.index('id="samples"')]
+    assert place.count("<figure>") == 3 and place.count("<rect") == 3 * BINS, "the script ran and drew three histograms"
