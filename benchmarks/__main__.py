@@ -146,12 +146,82 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 @click.option("--rows", type=int, default=6144, show_default=True)
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @_threads
-def kernels(rows: int, columns: int, runs: int, threads: int | None) -> None:
+def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None) -> None:
     """Time every quantization of one weight in memory."""
+    if device == "cuda":
+        from benchmarks import gpu_kernels
+
+        gpu_kernels.run(Console(), rows, columns, runs)
+        return
     from benchmarks.kernels import run
 
     run((rows, columns), runs, threads or os.cpu_count() or 1, Console())
+
+
+@main.command("train-tiny")
+@click.option("--output", type=click.Path(path_type=Path), help="The weights; default: those of the repository.")
+@click.option("--steps", type=click.IntRange(1), default=3600, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--hidden", type=int, default=128, show_default=True, help="Width of the model, a multiple of 128.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="The bits of the result depend on it.")
+def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: int, threads: int) -> None:
+    """Train a small Flux.2 on procedural pictures, about 20 minutes on one core."""
+    from benchmarks.train_tiny import WEIGHTS, Training, run
+
+    try:
+        run(Training(steps, batch, hidden, seed, threads), output or WEIGHTS, Console())
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+@main.command()
+@click.option("--models", default="minilm,flux,synthetic", show_default=True)
+@click.option("--formats", help="By commas; default: all.")
+@click.option("--methods", help="By commas; default: all. Nearest is always measured.")
+@click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
+@click.option("--peer", is_flag=True, help="Also convert-to-quant, both ways (minutes a cell).")
+@click.option("--pictures", is_flag=True, help="Measure nothing: draw docs/rounding/ from the recorded results.")
+@_workdir
+def quality(
+    models: str,
+    formats: str | None,
+    methods: str | None,
+    scored_on: str,
+    weights: Path | None,
+    peer: bool,
+    pictures: bool,
+    workdir: Path,
+) -> None:
+    """Measure what each way of rounding costs at the outputs of real models.
+
+    Results of the final set are recorded; those of the set to develop on are only shown.
+    """
+    from benchmarks import quality as harness
+    from benchmarks import quality_methods, quality_results
+    from benchmarks.train_tiny import WEIGHTS
+
+    if pictures:
+        from benchmarks.quality_pictures import draw
+
+        draw(quality_results.read(), workdir, Console())
+        return
+    try:
+        settings = harness.Settings(
+            models=models.split(","),
+            formats=formats.split(",") if formats else list(quality_methods.FORMATS),
+            methods=methods.split(",") if methods else list(quality_methods.METHODS),
+            scored_on=scored_on,
+            workdir=workdir,
+            weights=weights or WEIGHTS,
+            peer=peer,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    harness.run(settings, Console(), quality_results.append if scored_on == "final" else lambda rows: None)
 
 
 @main.command()
