@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-comfyui lint bench clean
 
 help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
 	@echo "make test     run all tests"
+	@echo "make test-comfyui COMFYUI_PATH=...   run the node pack's tests against a real ComfyUI"
 	@echo "make lint     check the style"
 	@echo "make bench    measure against cp and the peers (long)"
 	@echo "make clean    remove what make made"
@@ -36,6 +37,10 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# ComfyUI's own packages must be in this environment too; see tests/comfyui.
+test-comfyui: $(STAMP)
+	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest tests/comfyui
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
@@ -43,6 +48,9 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks convert
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks kernels
+	$(BIN)/python -m benchmarks learned
+	$(BIN)/python -m benchmarks decode
+	$(BIN)/python -m benchmarks quality
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -160,6 +160,30 @@ def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None
     run((rows, columns), runs, threads or os.cpu_count() or 1, Console())
 
 
+@main.command()
+@click.option("--rows", type=int, default=6144, show_default=True)
+@click.option("--columns", type=int, default=6144, show_default=True)
+@click.option("--runs", type=int, default=5, show_default=True)
+@_threads
+def decode(rows: int, columns: int, runs: int, threads: int | None) -> None:
+    """Time every decoding as the ComfyUI pack does it, next to bitsandbytes and comfy-kitchen."""
+    from benchmarks.decode import run
+
+    run(Console(), (rows, columns), runs, threads)
+
+
+@main.command()
+@click.option("--rows", type=int, default=3072, show_default=True)
+@click.option("--columns", type=int, default=3072, show_default=True)
+@click.option("--runs", type=int, default=3, show_default=True)
+@_workdir
+def learned(rows: int, columns: int, runs: int, workdir: Path) -> None:
+    """Time learned rounding of one INT8 layer against the peer's (which takes minutes)."""
+    from benchmarks.learned import run
+
+    run(rows, columns, runs, workdir, Console())
+
+
 @main.command("train-tiny")
 @click.option("--output", type=click.Path(path_type=Path), help="The weights; default: those of the repository.")
 @click.option("--steps", type=click.IntRange(1), default=3600, show_default=True)
@@ -225,7 +249,7 @@ def quality(
 
 
 @main.command()
-@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels"]))
+@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels", "learned", "decode"]))
 @click.option("--last", type=int, default=40, show_default=True, help="Show only this many rows.")
 def show(benchmark: str, last: int) -> None:
     """Print recorded results."""

@@ -72,7 +72,7 @@ class Compiled:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Calls of launchers by name: every kernel, with every branch that compiles to something else."""
-    from streamquant.kernels.gpu import absmax, bnb4, dequantize, fp8, hadamard, int8, launch
+    from streamquant.kernels.gpu import absmax, bnb4, book_search, dequantize, fp8, hadamard, int8, launch, scale_search
     from streamquant.kernels.gpu.refine import refine
 
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -182,6 +182,29 @@ def variants() -> dict[str, Callable[[], Any]]:
     calls["refined nf4 bf16, odd"] = partial(
         refine, odd, empty(torch.float32, ROWS - 1, 577), odd_columns, _feedback(COLUMNS - 1, 72, dense=False), "nf4"
     )
+    diagonal, cycle = empty(torch.float32, 1, COLUMNS), empty(torch.float32, COLUMNS // 64, 64)
+    calls |= {
+        "searched fp8 rows bf16": partial(scale_search.encode_rows, narrow),
+        "searched fp8 rows f32, weighted, measured": partial(scale_search.encode_rows, f32, diagonal, True),
+        "searched fp8 rows bf16, odd, weighted, measured": partial(
+            scale_search.encode_rows, odd, empty(torch.float32, 1, COLUMNS - 1), True
+        ),
+        "searched fp8 groups of 64 bf16, weighted": partial(scale_search.encode_rows, bf16.view(-1, 64), cycle),
+        "searched fp8 blocks of 64 bf16": partial(scale_search.encode_blocks, bf16, 64),
+        "searched fp8 blocks of 64 f32, weighted, measured": partial(
+            scale_search.encode_blocks, f32, 64, diagonal.view(-1), True
+        ),
+        "errors of fp8 runs of 64 bf16, weighted": partial(
+            scale_search.e4m3_errors, bf16.view(-1), 64, empty(torch.float32, ROWS * COLUMNS // 64), cycle
+        ),
+        "errors of fp8 rows f32": partial(scale_search.e4m3_errors, f32.view(-1), COLUMNS, row_scales),
+        "searched nf4 absmax of 64 bf16, weighted": partial(book_search.book_absmax, bf16.view(-1), 64, cycle, "nf4"),
+        "searched nf4 blocks of 64 bf16": partial(book_search.pack, bf16.view(-1), 64, "nf4"),
+        "searched nf4 blocks of 64 f32, weighted, measured": partial(
+            book_search.pack, f32.view(-1), 64, "nf4", cycle, True
+        ),
+        "searched fp4 blocks of 4096 f32, short last block": partial(book_search.pack, f32.view(-1)[:-1], 4096, "fp4"),
+    }
     return calls
 
 

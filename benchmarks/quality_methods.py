@@ -45,7 +45,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     NEAREST: Method("rtn"),
-    "scales": Method("simple", default=True),
+    "no-data": Method(default=True),
+    "scales": Method("simple"),
     "structure": Method(recipe=dict(structure=True)),
     "svd": Method(recipe=dict(objective="svd")),
     "noise": Method(calibration="noise", default=True),
@@ -57,6 +58,7 @@ METHODS: dict[str, Method] = {
 }
 METHOD_TITLES = {
     "rtn": "nearest",
+    "no-data": "no data, as it comes",
     "scales": "better scales (A)",
     "structure": "structure, no data (B)",
     "svd": "peer's objective (svd)",

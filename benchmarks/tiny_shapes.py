@@ -33,7 +33,7 @@ GRID = SIDE // PATCH
 LUMA, CHROMA = 64, 32  # coefficients kept of brightness and of each of the two colour axes: 128 together
 CONTEXT_WIDTH = 64
 CONTEXT_SEED = 20261122
-JITTER = 2.0  # pixels a shape may lie off its place, so that the noise has something to decide
+JITTER = 0.5  # pixels a shape may lie off its place, so that the noise has something to decide
 
 
 def prompts(count: int, seed: int, skip: int = 0) -> Tensor:

@@ -21,8 +21,8 @@ from .search_grid import BOOK_RATIOS, BOOK_REFITS, fp8_candidates
 HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 TORCH_CHUNK = 1 << 18  # elements the torch references work on at a time on the CPU, so that temporaries stay in cache
 NORM_CHUNK = 1 << 22  # elements copied to float64 at a time
-# Families of operations that have Triton kernels. Scale search has none: it is plain torch on a GPU.
-GPU_FAMILIES = ("FP8 and INT8 encoding", "NF4 and FP4 encoding", "decoding", "rotation", "refinement")
+# Families of operations that have Triton kernels.
+GPU_FAMILIES = ("FP8 and INT8 encoding", "NF4 and FP4 encoding", "scale search", "decoding", "rotation", "refinement")
 
 
 @dataclass
@@ -132,17 +132,23 @@ class JitBackend:
         e4m3_errors(self.matrix(tile, group), multipliers, weights, 0, errors)
         return errors / np.square(multipliers, dtype=np.float64)
 
-    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str) -> np.ndarray:
-        """The scale of least weighted error for each block: float32 [ceil(elements / block_size)]."""
+    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str, floor: float = 0.0) -> np.ndarray:
+        """The scale of least weighted error for each block: float32 [ceil(elements / block_size)].
+
+        floor: the least share of absmax that a scale may be.
+        """
+        from .jit.absmax import group_absmax
         from .jit.scale_search import LANES, book_absmax
 
         runs = _padded_runs(_as_float32(tile), block_size)
-        absmax = np.abs(runs).max(axis=1, initial=0.0).astype(np.float32)
+        absmax = np.empty(len(runs), dtype=np.float32)
+        group_absmax(runs, absmax)
         if block_size % LANES:
             extra = ((0, 0), (0, -block_size % LANES))
             runs, weights = np.pad(runs, extra), np.pad(weights, extra)
         values = CODE_BOOKS[book][ASCENDING_CODES[book]]
-        book_absmax(runs, BOOK_RATIOS, BOOK_REFITS, weights, 0, tuple(BOUNDARIES[book]), tuple(values), absmax)
+        ratios, lowest = BOOK_RATIOS[np.float32(floor) <= BOOK_RATIOS], np.float32(floor)
+        book_absmax(runs, ratios, BOOK_REFITS, lowest, weights, 0, tuple(BOUNDARIES[book]), tuple(values), absmax)
         return absmax
 
     def rotate(self, tile, group_size: int) -> np.ndarray:
@@ -321,14 +327,14 @@ class TorchBackend:
             errors = e4m3_errors(runs, self._on_device(multipliers), self._on_device(weights)).cpu().numpy()
         return errors / np.square(multipliers, dtype=np.float64)
 
-    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str) -> np.ndarray:
+    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str, floor: float = 0.0) -> np.ndarray:
         import torch
 
         from .scale_search import book_absmax
 
         with self._context():
             runs = torch.nn.functional.pad(tile, (0, -tile.numel() % block_size)).view(-1, block_size)
-            return book_absmax(runs, self._on_device(weights), book).cpu().numpy()
+            return book_absmax(runs, self._on_device(weights), book, floor).cpu().numpy()
 
     def rotate(self, tile, group_size: int):
         from .hadamard import rotate

@@ -35,15 +35,16 @@ def e4m3_errors(runs: torch.Tensor, multipliers: torch.Tensor, weights: torch.Te
     return errors
 
 
-def book_absmax(runs: torch.Tensor, weights: torch.Tensor, book: str) -> torch.Tensor:
+def book_absmax(runs: torch.Tensor, weights: torch.Tensor, book: str, floor: float = 0.0) -> torch.Tensor:
     """The scale of least weighted error for each run: float32 [n].
 
-    runs [n, group]: floating, finite; zeros may fill a short one up. weights [cycle, group]: as in `e4m3_errors`.
+    runs [n, group]: floating, finite; zeros may fill a short one up. weights [cycle, group]: as in `e4m3_errors`. floor:
+    the least share of absmax that a scale may be.
     """
     chosen = torch.empty(runs.shape[0], dtype=torch.float32, device=runs.device)
     for part in _parts(runs):
         weight = spread_weights(weights, part.start, runs[part].shape[0]).double()
-        chosen[part] = _search(runs[part].float(), weight, book)
+        chosen[part] = _search(runs[part].float(), weight, book, floor)
     return chosen
 
 
@@ -53,7 +54,7 @@ def _parts(runs: torch.Tensor) -> list[slice]:
     return [slice(begin, begin + step) for begin in range(0, count, max(step, 1))]
 
 
-def _search(runs: torch.Tensor, weights: torch.Tensor, book: str) -> torch.Tensor:
+def _search(runs: torch.Tensor, weights: torch.Tensor, book: str, floor: float) -> torch.Tensor:
     ascending = ASCENDING_CODES[book]
     values = torch.from_numpy(CODE_BOOKS[book][ascending]).to(runs.device)
     boundaries = torch.from_numpy(BOUNDARIES[book]).to(runs.device)
@@ -72,8 +73,9 @@ def _search(runs: torch.Tensor, weights: torch.Tensor, book: str) -> torch.Tenso
 
     best, fitted = largest.clone(), largest.clone()
     least = torch.full_like(largest, torch.inf, dtype=torch.float64)
-    for ratio in [*BOOK_RATIOS.tolist(), *[None] * BOOK_REFITS]:
-        tried = fitted if ratio is None else largest * np.float32(ratio)
+    lowest = largest * np.float32(floor)
+    for ratio in [*BOOK_RATIOS[np.float32(floor) <= BOOK_RATIOS].tolist(), *[None] * BOOK_REFITS]:
+        tried = torch.maximum(fitted, lowest) if ratio is None else largest * np.float32(ratio)
         error, next_fit = sums(tried)
         better = live & (error < least) & (tried > SMALLEST_LIVE)
         best, least = torch.where(better, tried, best), torch.where(better, error, least)

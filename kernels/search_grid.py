@@ -12,6 +12,9 @@ FP8_STEPS = 17
 FP8_STRETCH = (2.0 ** (np.arange(FP8_STEPS) / FP8_STEPS)).astype(np.float32)
 BOOK_RATIOS = np.linspace(0.70, 1.15, 13, dtype=np.float32)
 BOOK_REFITS = 2
+# Where nothing is known of the inputs, a scale far below absmax may clip just the weights that matter. Not let below this
+# share of it, the search gains as much on average, and no layer's outputs lose (docs/rounding.md).
+SAFE_FLOOR = 0.95
 SMALLEST_ABSMAX = np.float32(1e-12)  # as the FP8 encoder's, so that candidate 0 is its scale bit for bit
 SMALLEST_LIVE = 1e-30  # of a block's absmax: below it there is nothing to search
 

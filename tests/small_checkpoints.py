@@ -131,9 +131,10 @@ EVERY_FORMAT = {
 
 # The same formats with scales of least error: compiled and plain search may differ where two scales are equally good.
 SEARCHED_FORMATS = {
-    "fp8-row-searched": Recipe(FormatChoice("fp8", "row")),
-    "fp8-block-searched": Recipe(FormatChoice("fp8", "block", 32)),
-    "nf4-searched": Recipe(FormatChoice("nf4")),
+    "fp8-row-searched": Recipe(FormatChoice("fp8", "row", rounding="simple")),
+    "fp8-block-searched": Recipe(FormatChoice("fp8", "block", 32, rounding="simple")),
+    "nf4-searched": Recipe(FormatChoice("nf4", rounding="simple")),
+    "nf4-careful": Recipe(FormatChoice("nf4")),
     "nf4-double-searched": Recipe(FormatChoice("nf4", block_size=32, double_quant=True)),
     "int8-row-auto": Recipe(FormatChoice("int8")),
 }

@@ -8,7 +8,7 @@ import torch
 from ..dispatch import ErrorSums, TorchBackend
 from ..feedback import Feedback
 from ..refined import Refined
-from . import absmax, bnb4, fp8, hadamard, int8
+from . import absmax, bnb4, book_search, fp8, hadamard, int8, scale_search
 from .refine import refine
 
 
@@ -46,6 +46,16 @@ class GpuBackend(TorchBackend):
             packed, found, pair = bnb4.encode(tile, block_size, book, measure=True, given=scales)
             sums.add(*pair.tolist())
             return packed.cpu().numpy(), found.cpu().numpy()
+
+    def e4m3_errors(self, tile, group: int, absmax: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        with self._context():
+            importance = None if (weights == 1).all() else self._on_device(weights)
+            return scale_search.e4m3_errors(tile, group, self._on_device(absmax), importance).cpu().numpy()
+
+    def book_absmax(self, tile, block_size: int, weights: np.ndarray, book: str, floor: float = 0.0) -> np.ndarray:
+        with self._context():
+            importance = None if (weights == 1).all() else self._on_device(weights)
+            return book_search.book_absmax(tile, block_size, importance, book, floor).cpu().numpy()
 
     def rotate(self, tile, group_size: int) -> torch.Tensor:
         with self._context():

@@ -258,12 +258,12 @@ def _book_table(boundaries, values):
 
 
 @njit(**OPTIONS)
-def book_absmax(runs, ratios, refits, weights, first, boundaries, values, absmax):
+def book_absmax(runs, ratios, refits, floor, weights, first, boundaries, values, absmax):
     """The absmax of least weighted error for each run: the best ratio of the true one, then least-squares refits.
 
-    runs [n, group]: float32, group a multiple of LANES. ratios [candidates] float32. weights, first: as in
-    `e4m3_errors`. boundaries, values: tuples of 15 and 16 float32, the book, ascending. absmax [n]: float32, the true
-    one; overwritten.
+    runs [n, group]: float32, group a multiple of LANES. ratios [candidates] float32. floor: float32, the least share of the
+    true absmax that a refit may be. weights, first: as in `e4m3_errors`. boundaries, values: tuples of 15 and 16 float32,
+    the book, ascending. absmax [n]: float32, the true one; overwritten.
     """
     table = _book_table(boundaries, values)
     candidates = ratios.shape[0]
@@ -292,7 +292,7 @@ def book_absmax(runs, ratios, refits, weights, first, boundaries, values, absmax
             if not square > 0.0:
                 break
             # For fixed codes c the best scale is Σ w c / Σ c²; x above is w / scale.
-            refit = np.float32(np.float64(absmax[index]) * (product / square))
+            refit = max(np.float32(np.float64(absmax[index]) * (product / square)), floor * largest)
             if not refit > SMALLEST_LIVE:
                 break
             error, product, square = _sum_book_moments(run, weight, np.float32(1) / refit, table)

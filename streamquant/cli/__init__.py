@@ -14,6 +14,7 @@ from click.shell_completion import get_completion_class
 from streamquant import __version__, presets
 
 from .calibration import calibration
+from .comfyui_install import comfyui_install
 from .compare import compare
 from .convert import convert
 from .dequantize import dequantize
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 main.add_command(convert)
-for command in (calibration, inspect, verify, compare, dequantize, doctor):
+for command in (calibration, inspect, verify, compare, dequantize, doctor, comfyui_install):
     main.add_command(command)
 
 

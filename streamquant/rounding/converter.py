@@ -18,7 +18,7 @@ from streamquant.formats.base import Encoded, Scales
 from streamquant.kernels import ErrorSums
 from streamquant.kernels.codebooks import CODE_VALUES
 from streamquant.kernels.feedback import BLOCK, Feedback, low_rank_feedback
-from streamquant.kernels.search_grid import fp8_multiplier
+from streamquant.kernels.search_grid import SAFE_FLOOR, fp8_multiplier
 
 from .hessian import LayerHessian
 from .scales import run_weights, searches
@@ -49,13 +49,15 @@ class LearnedRoundingConverter:
     """Decides scales and codes for the encoder of one layer. Threads may share it.
 
     hessian: H of the inputs as the codes see them (rotated where they are), None where nothing is known of them.
-    strength: how far H is drawn toward the identity, None for the form's own. sweeps: of coordinate descent.
+    strength: how far H is drawn toward the identity, None for the form's own. sweeps: of coordinate descent. careful:
+    search only scales that no layer's outputs suffer from, for whoever did not ask for more.
     """
 
     def __init__(
-        self, columns: int, rows: int, hessian: LayerHessian | None = None, *, strength: float | None = None, sweeps: int = 0
-    ):
-        self.columns, self.rows, self.sweeps = columns, rows, sweeps
+        self, columns: int, rows: int, hessian: LayerHessian | None = None, *, strength: float | None = None,
+        sweeps: int = 0, careful: bool = False,
+    ):  # fmt: skip
+        self.columns, self.rows, self.sweeps, self.careful = columns, rows, sweeps, careful
         self.hessian = hessian
         self.diagonal = None if hessian is None else hessian.diagonal
         self.feedback: Feedback | None = None if hessian is None else hessian.shrunk(strength).feedback()
@@ -68,7 +70,7 @@ class LearnedRoundingConverter:
 
     def searches(self, grid: str, mode: str, block_size: int) -> bool:
         """Whether the scales of a format are searched."""
-        return searches(grid, mode, block_size)
+        return searches(grid, mode, block_size, self.careful)
 
     def weights(self, group: int) -> np.ndarray:
         """The importance of the elements of runs of `group` elements: `run_weights` of the diagonal of H."""
@@ -91,7 +93,8 @@ class LearnedRoundingConverter:
 
     def book_absmax(self, backend: Any, tile: Any, block_size: int, book: str) -> np.ndarray:
         """The scale of least error for each block of a code book: float32 [ceil(elements / block_size)]."""
-        return backend.book_absmax(tile, block_size, self.weights(block_size), book)
+        floor = SAFE_FLOOR if self.careful else 0.0
+        return backend.book_absmax(tile, block_size, self.weights(block_size), book, floor)
 
     def sample_blocks(self, backend: Any, tile: Any, block_size: int, book: str, absmax: np.ndarray, encoded: Encoded) -> None:
         """What searching the scales gained, on some of the blocks."""

@@ -106,7 +106,10 @@ class LayerKnowledge:
         if hessian is not None and rotation:
             hessian = hessian.rotated(hadamard(rotation))
         strength = {TIME: TIME_SHRINKAGE, STRUCTURE: structure.SHRINKAGE}.get(origin)
-        return LearnedRoundingConverter(columns, rows, hessian, strength=strength, sweeps=recipe.sweeps)
+        careful = hessian is None and unit.choice.rounding == "learned"
+        return LearnedRoundingConverter(
+            columns, rows, hessian, strength=strength, sweeps=recipe.sweeps, careful=careful
+        )  # fmt: skip
 
     def notes(self) -> Iterator[str]:
         """What a person should know before the conversion starts."""
@@ -120,8 +123,8 @@ class LayerKnowledge:
             yield "Learned rounding: " + ", ".join(f"{_layers(count)} by {what}" for what, count in learned.items()) + "."
         if unknown:
             yield (
-                f"Nothing is known of the inputs of {_layers(unknown)}: rounded to nearest, with scales of least weight "
-                f"error where that helps. --calibration FILE lowers the error of their outputs."
+                f"Nothing is known of the inputs of {_layers(unknown)}: rounded to nearest, NF4 with searched scales. "
+                f"--calibration FILE lowers the error of their outputs."
             )
 
     def _origin(self, unit: Unit) -> str:
@@ -129,7 +132,8 @@ class LayerKnowledge:
         if rounding == "learned" and (known := self._learned(unit)):
             return known
         geometry = getattr(unit.format, "mode", "block"), getattr(unit.format, "block_size", 0)
-        return SEARCHED if rounding != "rtn" and searches(unit.format.learned_grid, *geometry) else NEAREST
+        careful = rounding == "learned"
+        return SEARCHED if rounding != "rtn" and searches(unit.format.learned_grid, *geometry, careful) else NEAREST
 
     def _learned(self, unit: Unit) -> str | None:
         if self.plan.recipe.objective == "svd":

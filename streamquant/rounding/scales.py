@@ -15,10 +15,14 @@ import numpy as np
 SEARCHED_BLOCK = 64  # the largest block edge at which the FP8 search was shown to help
 
 
-def searches(grid: str | None, mode: str, block_size: int = 0) -> bool:
-    """Whether method A searches the scale of a grid ("int8", "e4m3", "nf4", "fp4") in a scaling mode, or takes absmax."""
+def searches(grid: str | None, mode: str, block_size: int = 0, careful: bool = False) -> bool:
+    """Whether the scale of a grid ("int8", "e4m3", "nf4", "fp4") is searched in a scaling mode, or follows from absmax.
+
+    careful: only where no layer's outputs were seen to suffer though nothing is known of its inputs, which leaves NF4
+    (with a floor, `search_grid.SAFE_FLOOR`).
+    """
     if grid == "e4m3":
-        return mode == "row" or (mode in ("block", "block3d") and block_size <= SEARCHED_BLOCK)
+        return not careful and (mode == "row" or (mode in ("block", "block3d") and block_size <= SEARCHED_BLOCK))
     return grid == "nf4"
 
 

@@ -101,7 +101,7 @@ def test_memory_runs_every_budget(tmp_path: Path, console: Console, rows: list[R
 def test_our_command_line() -> None:
     contender = ours.contender(CASES["fp8-block"], "1GiB", threads=2)
     _, *arguments = contender.command(Path("in"), Path("out"))
-    expected = "-m streamquant convert in -o out --fp8 --scaling-mode block --flux2 --force --quiet"
+    expected = "-m streamquant convert in -o out --fp8 --scaling-mode block --rtn --flux2 --force --quiet"
     assert " ".join(arguments) == f"{expected} --memory-budget 1GiB --threads 2"
 
 

@@ -1,0 +1,1 @@
+__version__ = "0.29.0 (a stand-in for tests)"
