@@ -208,7 +208,7 @@ def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: i
 @click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
 @click.option("--peer", is_flag=True, help="Also convert-to-quant, both ways (minutes a cell).")
-@click.option("--pictures", is_flag=True, help="Measure nothing: draw docs/rounding/ from the recorded results.")
+@click.option("--pictures", is_flag=True, help="Measure nothing: draw docs/rounding/, and write its tables.")
 @_workdir
 def quality(
     models: str,
@@ -229,9 +229,12 @@ def quality(
     from benchmarks.train_tiny import WEIGHTS
 
     if pictures:
+        from benchmarks import quality_tables
         from benchmarks.quality_pictures import draw
 
-        draw(quality_results.read(), workdir, Console())
+        rows = quality_results.read()
+        quality_tables.write(rows)
+        draw(rows, workdir, Console())
         return
     try:
         settings = harness.Settings(

@@ -22,8 +22,7 @@ def comfyui_install(comfyui: str, python: str | None, force: bool) -> None:
 
         done = install(comfyui, python, force=force)
         how = "linked to" if done.linked else "copied from"
+        target, pack, python_file = (printable(str(path), 4096) for path in (done.target, done.pack, done.python))
         screen.out.print(
-            f"{printable(str(done.target), 4096)} is {how} {printable(str(done.pack), 4096)}; {printable(str(done.python), 4096)} "
-            f"can import it. Start ComfyUI anew.",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{target} is {how} {pack}; {python_file} can import it. Start ComfyUI anew.", markup=False, soft_wrap=True
+        )

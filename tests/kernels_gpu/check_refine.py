@@ -20,7 +20,7 @@ from streamquant.kernels.gpu.refine import refine
 from streamquant.kernels.refined import GRIDS, Refined
 
 # A column takes the interpreter milliseconds.
-FEW = settings(max_examples=4, deadline=None)
+FEW = settings(max_examples=3, deadline=None)
 columns = st.one_of(st.integers(1, 12), st.sampled_from([31, 32, 33, 65]))
 # Not "bits": squares of weights near float32's largest are infinite, and there is no order among infinities.
 KINDS = ("gauss", "wide", "outlier", "sparse", "ties", "subnormal", "constant")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiles import kinds, seeds, weights
 
 # The interpreter takes milliseconds for what a device does in one step.
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=12, deadline=None)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 dtypes = st.sampled_from(sorted(DTYPES))
 

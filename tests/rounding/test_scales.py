@@ -150,3 +150,22 @@ def test_zeros_keep_their_absmax(backend):
 )  # fmt: skip
 def test_only_what_helps_is_searched(grid, mode, block, expected):
     assert scales.searches(grid, mode, block) is expected
+
+
+@each_backend
+@pytest.mark.parametrize("floor", [0.0, 0.95, 1.0])
+def test_no_scale_lies_below_the_floor_and_none_is_worse_than_absmax(backend, floor):
+    blocks = weights((500, 64), 11)
+    tile = backend.load(blocks.tobytes(), "F32")
+    absmax = np.abs(blocks).max(1)
+    found = backend.book_absmax(tile, 64, np.ones((1, 64), np.float32), "nf4", floor)
+    assert (found >= absmax * np.float32(floor) * np.float32(1 - 1e-6)).all()
+    assert (nf4_error(blocks, found, 1.0) <= nf4_error(blocks, absmax, 1.0) * (1 + 1e-5)).all()
+    if floor:
+        free = backend.book_absmax(tile, 64, np.ones((1, 64), np.float32), "nf4")
+        assert (free < absmax * np.float32(floor)).any(), "the floor is what keeps them up"
+
+
+def test_who_knows_nothing_and_is_careful_searches_nf4_alone():
+    assert scales.searches("nf4", "block", 64, careful=True)
+    assert not scales.searches("e4m3", "row", careful=True) and not scales.searches("e4m3", "block", 64, careful=True)
