@@ -269,13 +269,13 @@ def before_and_after(result: LayerResult | FormatSummary) -> str:
     return f"{result.output_error_before:.4f} → {result.output_error_after:.4f}"
 
 
-def layer_line(layer: LayerResult, width: int = 48) -> Text | None:
+def layer_line(layer: LayerResult, width: int = 34) -> Text | None:
     """What a person is told of a layer whose rounding was learned; None of all others."""
     if layer.knowledge in ("", NEAREST, SEARCHED):
         return None
     return Text.assemble(
-        (printable(layer.key, width).ljust(width), "bold"), f"  {layer.format:16} ", before_and_after(layer),
-        (f"  {layer.knowledge}", "dim"),
+        (printable(layer.key.removesuffix(".weight"), width).ljust(width), "bold"), f" {layer.format:15} ",
+        before_and_after(layer), (f"  {layer.knowledge}", "dim"),
     )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ class LayerKnowledge:
 
     def notes(self) -> Iterator[str]:
         """What a person should know before the conversion starts."""
+        yield from self._rotation_note()
         counts = Counter(origin.split(" (")[0] for origin in self.origins.values())
         learned = {what: count for what, count in counts.items() if what not in (NEAREST, SEARCHED)}
         wanted = [unit for unit in self.plan.units if unit.index in self.origins and unit.choice.rounding == "learned"]
@@ -126,6 +127,17 @@ class LayerKnowledge:
                 f"Nothing is known of the inputs of {_layers(unknown)}: rounded to nearest, NF4 with searched scales. "
                 f"--calibration FILE lowers the error of their outputs."
             )
+
+    def _rotation_note(self) -> Iterator[str]:
+        """Rows of INT8 that are rotated without having been asked for."""
+        ours = [unit for unit in self.plan.units if unit.choice and unit.quantized and unit.choice.convrot is None]
+        ours = [unit for unit in ours if unit.choice.rotation(unit.shape[1])]
+        rotated = sum(unit.format.convrot_group_size > 0 for unit in ours)
+        if ours and not self.look:
+            yield f"The INT8 rows of {_layers(len(ours))} will be rotated (ConvRot) where that lowers their error."
+        elif ours:
+            rest = f"; {len(ours) - rotated} are better as they are" if rotated < len(ours) else ""
+            yield f"The INT8 rows of {_layers(rotated)} are rotated (ConvRot), which lowers their error{rest}."
 
     def _origin(self, unit: Unit) -> str:
         rounding = unit.choice.rounding

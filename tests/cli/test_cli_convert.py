@@ -128,7 +128,8 @@ def test_dry_run_writes_nothing_and_agrees_with_the_real_run(flux2, tmp_path):
 def test_json_lines_tell_a_program_everything(flux2, tmp_path):
     finished = run(flux2, "--int8", "-o", tmp_path / "out.safetensors", "--json")
     events = json_lines(finished.stdout)
-    assert [event["event"] for event in events][:3] == ["note", "note", "started"]
+    assert [event["event"] for event in events][:4] == ["note", "note", "note", "started"]
+    assert "rotated (ConvRot)" in events[1]["text"] and "Nothing is known" in events[2]["text"]
     layers = [event for event in events if event["event"] == "layer"]
     assert {layer["knowledge"] for layer in layers} == {"nearest"} and len(layers) == 24
     assert events[-1]["event"] == "done"

@@ -273,7 +273,9 @@ def test_rows_are_rotated_where_that_lowers_the_error(tmp_path):
     hot = random.standard_normal((64, 256)) * np.where(np.arange(256) % 40 == 0, 30, 1)
     flat = random.choice([-1.0, 1.0], (64, 256)) * random.uniform(0.9, 1.0, (64, 256))
     source = save(tmp_path / "m.safetensors", {"hot.weight": of_values(hot), "flat.weight": of_values(flat)})
-    report = convert(source, tmp_path / "o.safetensors", Recipe(FormatChoice("int8"), preset=("none",)))
+    watcher = Watcher()
+    report = convert(source, tmp_path / "o.safetensors", Recipe(FormatChoice("int8"), preset=("none",)), observer=watcher)
+    assert any("of 1 layer are rotated" in note and "1 are better" in note for note in watcher.notes), watcher.notes
     rotated = {layer.key: layer.parameters["convrot_group_size"] for layer in report.layers}
     assert rotated == {"hot.weight": 256, "flat.weight": 0}
     header = metadata_of(tmp_path / "o.safetensors")["_quantization_metadata"]
