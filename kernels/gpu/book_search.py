@@ -112,20 +112,20 @@ def search_blocks_kernel(
     largest = tl.max(magnitude_bits(weight), axis=1).to(tl.float32, bitcast=True)
     live = largest > SMALLEST_LIVE
     unit = tl.where(live, largest, 1.0)
+    lowest = largest * floor
     best = largest
     least = tl.full([TOGETHER], float("inf"), tl.float32)
     for candidate in range(RATIOS):
-        ratio = tl.load(ratio_pointer + candidate)
-        tried = tl.where(live, largest * ratio, 1.0)
+        tried = tl.where(live, largest * tl.load(ratio_pointer + candidate), 1.0)
         error, _ = block_sums(weight, tried, importance, B, V, WEIGHTED)
         # In units of absmax²: the square of a scale may be no float32.
         error *= (tried / unit) * (tried / unit)
-        better = live & (error < least) & (tried > SMALLEST_LIVE) & (ratio >= floor)
+        better = live & (error < least) & (tried > SMALLEST_LIVE) & (tried >= lowest)
         best = tl.where(better, tried, best)
         least = tl.where(better, error, least)
     _, fitted = block_sums(weight, tl.where(live, best, 1.0), importance, B, V, WEIGHTED)
     for _refit in range(REFITS):
-        fitted = tl.maximum(fitted, largest * floor)
+        fitted = tl.maximum(fitted, lowest)
         tried = tl.where(live & (fitted > SMALLEST_LIVE), fitted, 1.0)
         error, following = block_sums(weight, tried, importance, B, V, WEIGHTED)
         error *= (tried / unit) * (tried / unit)

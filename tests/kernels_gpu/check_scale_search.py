@@ -227,3 +227,12 @@ def test_launchers_refuse_what_the_kernels_cannot_take(device):
         book_search.book_absmax(weight.view(-1), 7, None, "nf4")
     with pytest.raises(AssertionError, match="power of two"):
         book_search.pack(weight.view(-1), 48, "nf4")
+
+
+def test_no_scale_lies_below_the_floor(device):
+    flat = torch.randn(40 * 64, generator=torch.Generator().manual_seed(3))
+    free, floored = (book_search.book_absmax(flat.to(device), 64, None, "nf4", floor).cpu() for floor in (0.0, 0.95))
+    expected = reference.book_absmax(flat.view(-1, 64), torch.ones(1, 64), "nf4", 0.95)
+    absmax = flat.view(-1, 64).abs().amax(dim=1)
+    assert (floored >= absmax * 0.9499).all() and (free < absmax * 0.9499).any()
+    torch.testing.assert_close(floored, expected, rtol=2e-2, atol=0)
