@@ -89,9 +89,9 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; it reaches the disk with the next `sync` at the latest."""
         with writing(self.path):
-            data = _encode(record)
-            if os.write(self._descriptor, data) != len(data):
-                raise OSError("short write")
+            data = memoryview(_encode(record))
+            while data:  # a full disk takes a part first, and says only to the rest that it is full
+                data = data[os.write(self._descriptor, data) :]
         self.lines += 1
 
     def sync(self) -> None:

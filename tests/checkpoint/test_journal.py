@@ -226,3 +226,29 @@ def test_half_a_line_written_is_an_error(path, monkeypatch):
 )
 def test_differences_are_named_by_their_place(old, new, told):
     assert differences(old, new) == told
+
+
+def test_a_write_that_takes_only_a_part_is_finished(path, monkeypatch):
+    whole = written(path)
+    path.unlink()
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, bytes(data)[: max(len(data) // 3, 1)]))
+    assert written(path) == whole
+
+
+def test_a_disk_that_takes_a_part_and_is_full_then_is_called_full(path, monkeypatch):
+    journal = Journal.create(path, FINGERPRINT)
+    real_write, calls = os.write, []
+
+    def fill(descriptor: int, data) -> int:
+        calls.append(len(data))
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(descriptor, bytes(data)[:5])
+
+    monkeypatch.setattr(os, "write", fill)
+    with pytest.raises(errors.DestinationWriteError, match="No space left on device"):
+        journal.append({"unit": 0})
+    monkeypatch.undo()
+    journal.close()
+    assert read_records(path).units == {}, "half a line is none"
