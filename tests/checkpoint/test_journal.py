@@ -203,17 +203,6 @@ def test_disk_full_while_it_is_created_leaves_nothing(path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_half_a_line_written_is_an_error(path, monkeypatch):
-    journal = Journal.create(path, FINGERPRINT)
-    write = os.write
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
-        with pytest.raises(errors.DestinationWriteError, match=r"\.journal.*--resume"):
-            journal.append({"published": 0})
-    journal.close()
-    assert read_records(path).lines == 1
-
-
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
