@@ -19,6 +19,7 @@ TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the o
 LEARNED_ELEMENTS = 1 << 21  # of a tile whose codes are learned: its arithmetic is long, and its float32 form is kept
 LEARNED_ELEMENTS_ON_DEVICE = 1 << 25  # there time grows with the columns and hardly with the rows: many at once
 LEARNED_BYTES = 4 + 4 + 1  # per element of such a tile, beyond the others: rotated, as a matrix, and its codes
+DECODED_BYTES = 4 + 4 + 4 + 2  # per element of a quantized source: its float32 form, two steps on the way there, its codes
 STRIP_BYTES = 4 * 32  # per column and thread: the errors of a strip of rows, for sweeps and a dense H
 
 
@@ -54,6 +55,8 @@ def tiles_in_flight(threads: int) -> int:
 def bytes_per_element(unit: Unit, io: str, backend: str) -> float:
     """Anonymous bytes a tile takes per source element, from reading to commit."""
     read = unit.element_bytes if io == "pread" else 0
+    if unit.decoded is not None:
+        read = DECODED_BYTES
     if unit.format.name == "copy":
         return read  # written from where it was read
     written = sum(output.item_bytes / output.elements_per_item for output in unit.outputs if output.streamed)

@@ -308,7 +308,7 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> lis
     for heading in ("layers", "in", "out"):
         table.add_column(heading, justify="right")
     for (rule, becomes), units in _by_rule(plan).items():
-        read = sum(unit.source.info.nbytes for unit in units)
+        read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
         table.add_row(Text(rule), becomes, str(len(units)), decimal(read), decimal(written))
     parts: list[Table | Text] = [*(Text(note) for note in plan.notes), table]
@@ -360,7 +360,7 @@ def plan_as_json(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> 
                 "rule": rule,
                 "becomes": becomes,
                 "layers": len(units),
-                "source_bytes": sum(unit.source.info.nbytes for unit in units),
+                "source_bytes": sum(unit.source_bytes for unit in units),
                 "output_bytes": sum(plan.output_bytes(unit) for unit in units),
             }
             for (rule, becomes), units in _by_rule(plan).items()
@@ -385,6 +385,7 @@ def _unit_as_json(plan: Plan, unit: Unit, tile_elements: int) -> dict[str, Any]:
         )
     return {
         **asdict(unit.source.info),
+        "decoded_from": unit.decoded.format if unit.decoded else None,
         "becomes": unit.format.name,
         "parameters": unit.format.parameters(),
         "rule": unit.rule,

@@ -6,7 +6,6 @@ only when it is complete.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from streamquant import __version__, errors
+from streamquant import errors
 from streamquant.budget import anonymous_bytes
-from streamquant.checkpoint.header import build_header, layout, printable
+from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
 from streamquant.checkpoint.writer import Names, PartialFile
 from streamquant.formats.plain import round_to_bf16
 from streamquant.options import Options
-from streamquant.plan import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KEY, PlannedFile
+from streamquant.output_file import PlannedFile, planned_file
 from streamquant.preflight import check_destination, check_disk
 from streamquant.stored import Contents, Layout, StoredLayer, read_contents, tiles
-from streamquant.stored.contents import LEGACY_MARKER, decodable
+from streamquant.stored.contents import decodable, is_legacy_marker
 from streamquant.stored.parallel import in_order
 from streamquant.verdict import Unwatched, Watcher
 
@@ -101,29 +100,12 @@ def plan_dequantize(contents: Contents, name: str, dtype: str | None = None) -> 
             layer.key, dtype or layer.origin or "BF16", layer.shape, layer.tensors["weight"], layer.layout
         )
     for name_, tensor in contents.plain.items():
-        if name_.rsplit(".", 1)[-1] != LEGACY_MARKER:
+        if not is_legacy_marker(name_):
             pieces[name_] = Piece(name_, tensor.info.dtype, tensor.info.shape, tensor, None)
     left_out = tuple(key for key in contents.checkpoint.tensors if key not in pieces)
-    file = _plan_file(name, pieces, contents.checkpoint)
+    tensors = ((piece.name, piece.dtype, piece.shape) for piece in pieces.values())
+    file = planned_file(name, tensors, contents.checkpoint, {"dequantized": True})
     return DequantizePlan(contents.checkpoint, pieces, (file,), left_out, tuple(contents.layers.values()))
-
-
-def _plan_file(name: str, pieces: dict[str, Piece], checkpoint: Checkpoint) -> PlannedFile:
-    tensors = layout((piece.name, piece.dtype, piece.shape) for piece in pieces.values())
-    metadata = {key: text for key, text in checkpoint.metadata.items() if key not in (QUANTIZATION_KEY, PROVENANCE_KEY)}
-    metadata.setdefault("format", "pt")
-    provenance = {
-        "tool": "streamquant",
-        "version": __version__,
-        "dequantized": True,
-        "source": [{"name": file.path.name, "header_sha256": file.header.sha256} for file in checkpoint.files],
-    }
-    # As in a conversion: the hashes are known last, and zeros keep their place.
-    opening = json.dumps(provenance)[:-1] + ', "tensor_xxh3_64": "'
-    metadata[PROVENANCE_KEY] = opening + "0" * HASH_DIGITS * len(tensors) + '"}'
-    header = build_header(tensors, metadata)
-    marker = json.dumps(opening, ensure_ascii=False)[1:-1].encode()
-    return PlannedFile(name, header, tuple(tensors), header.index(marker) + len(marker))
 
 
 def dequantize(

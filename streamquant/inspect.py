@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from streamquant.checkpoint.reader import TileReader, open_checkpoint
-from streamquant.plan import PROVENANCE_KEY, QUANTIZATION_KEY
+from streamquant.output_file import PROVENANCE_KEY, QUANTIZATION_KEY
 from streamquant.stored import Contents, StoredLayer, read_contents
 from streamquant.stored.foreign import GgufSummary, read_gguf
 from streamquant.verdict import finite

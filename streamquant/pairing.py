@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from streamquant import errors, presets
 from streamquant.checkpoint.reader import SourceTensor
 from streamquant.stored import Contents, Layout, StoredLayer
-
-LEGACY_MARKER = "scaled_fp8"
+from streamquant.stored.contents import is_legacy_marker
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def pair_up(source: Contents, output: Contents) -> Pairing:
             claimed |= {part.name for part in found.output}
             if found.layer is not None:
                 claimed |= {part.name for part in found.layer.tensors.values()}
-        elif key.rsplit(".", 1)[-1] == LEGACY_MARKER:
+        elif is_legacy_marker(key):
             continue  # it says how scales are spelled, and their layers are compared one by one
         elif reason := removed_by(key, source, output):
             pairing.removed[key] = reason
@@ -75,7 +74,7 @@ def pair_up(source: Contents, output: Contents) -> Pairing:
 
 def _explained(name: str, pairing: Pairing) -> bool:
     """Parts of a layer that was named already need no second complaint; a file-wide marker belongs to no layer."""
-    if name.rsplit(".", 1)[-1] == LEGACY_MARKER:
+    if is_legacy_marker(name):
         return True
     return any(f"{owner}.weight" in pairing.faults for owner in _owners(name))
 

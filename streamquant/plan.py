@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,75 +12,17 @@ from typing import Any
 import xxhash
 
 from streamquant import __version__, errors
-from streamquant.checkpoint.header import TensorInfo, build_header, layout, printable
-from streamquant.checkpoint.reader import Checkpoint, SourceTensor, open_checkpoint
-from streamquant.formats import Format, Output
-from streamquant.formats.base import json_output
-from streamquant.formats.plain import Cast, Copy
+from streamquant.checkpoint.header import layout, printable
+from streamquant.checkpoint.reader import Checkpoint, open_checkpoint
+from streamquant.formats import Output
+from streamquant.formats.plain import Copy
+from streamquant.output_file import PlannedFile, planned_file
 from streamquant.presets import Preset
-from streamquant.recipe import CONVROT_GROUP_SIZES, Decision, FormatChoice, Recipe, Rules
-
-FLOATS = ("BF16", "F16", "F32", "F64")
-QUANTIZED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4", "F6_E2M3", "F6_E3M2")
-HASH_DIGITS = 16  # of an xxh3_64, in hex
-PROVENANCE_KEY = "streamquant"
-QUANTIZATION_KEY = "_quantization_metadata"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One source tensor and what it becomes.
-
-    layer: the key without `.weight`. elements: how the format counts the tensor (bytes, for a copy). element_bytes: of
-    the source, per such element. rule: which rule decided. reason: why it stays, or why it is not in the format asked
-    for; None when all went as asked.
-    """
-
-    index: int
-    source: SourceTensor
-    layer: str
-    format: Format
-    outputs: tuple[Output, ...]
-    elements: int
-    element_bytes: int
-    granularity: int
-    rule: str
-    reason: str | None
-    choice: FormatChoice | None = None
-
-    @property
-    def key(self) -> str:
-        return self.source.name
-
-    @property
-    def dtype(self) -> str:
-        return self.source.info.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.info.shape
-
-    @property
-    def quantized(self) -> bool:
-        return not isinstance(self.format, Copy | Cast)
-
-    def output_name(self, output: Output) -> str:
-        """The tensor name of one of the outputs."""
-        return f"{self.layer}.{output.suffix}" if output.suffix else self.key
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One output file. header: its first bytes, with zeros where the tensor hashes go. hash_offset: where that is."""
-
-    name: str
-    header: bytes
-    tensors: tuple[TensorInfo, ...]
-    hash_offset: int
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + (self.tensors[-1].end if self.tensors else 0)
+from streamquant.recipe import Recipe, Rules
+from streamquant.stored import Contents, StoredLayer, read_contents
+from streamquant.stored.contents import is_legacy_marker
+from streamquant.stored.markers import header_layers
+from streamquant.unit import QUANTIZED, Unit, make_unit, marked_anew, scale_unit
 
 
 @dataclass(frozen=True)
@@ -89,6 +32,7 @@ class Plan:
     units: in the order in which they are processed. placement: output tensor name -> (file number, byte offset in the
     file, bytes). removed: source tensors left out, with the reason. notes: what a person should know before it starts.
     presets, prefix: those in force and the one recognised, and what the checkpoint's names carry before their own.
+    stored: the quantized layers of the source, by name.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +46,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     presets: tuple[Preset, ...] = ()
     prefix: str = ""
+    stored: dict[str, StoredLayer] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -116,7 +61,7 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         """Bytes that will be read (once)."""
-        return sum(unit.source.info.nbytes for unit in self.units)
+        return sum(unit.source_bytes for unit in self.units)
 
     def file_of(self, unit: Unit) -> int:
         """The number of the output file that holds all of a unit's tensors."""
@@ -158,12 +103,8 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     recipe = recipe or Recipe()
     rules = Rules(recipe, list(checkpoint.tensors))
-    units, removed = [], {}
-    for tensor in checkpoint.tensors.values():
-        if reason := rules.removes(tensor.name):
-            removed[tensor.name] = reason
-        else:
-            units.append(_make_unit(len(units), tensor, rules, unrotated))
+    contents = _stored_contents(checkpoint)
+    units, removed = _make_units(checkpoint, contents, rules, unrotated)
     _complain_about_unmatched(rules, checkpoint, removed)
     if all(isinstance(unit.format, Copy) for unit in units):
         raise errors.NothingToConvertError(_nothing_sentence(checkpoint, units))
@@ -171,95 +112,58 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     groups = _shard_groups(units, shard_size)
     names = _file_names(name, len(groups))
     files, placement = [], {}
-    inherited = _listed_layers(checkpoint)
     for number, (file_name, members) in enumerate(zip(names, groups, strict=True)):
-        file = _plan_file(file_name, members, checkpoint, recipe, inherited)
+        file = _plan_file(file_name, members, checkpoint, recipe)
         files.append(file)
         placement |= {tensor.name: (number, len(file.header) + tensor.start, tensor.nbytes) for tensor in file.tensors}
     index_name = f"{name.removesuffix('.safetensors')}.safetensors.index.json" if len(groups) > 1 else None
     architecture = rules.recognised.title
-    notes = _notes(units, removed, rules)
+    notes = tuple(_notes(units, removed, contents.foreign if contents else {}, rules))
     known = tuple(dict.fromkeys((*rules.presets, rules.recognised)))
     return Plan(
         checkpoint, recipe, architecture, tuple(units), removed, tuple(files), placement, index_name, notes, known,
-        rules.prefix,
+        rules.prefix, contents.layers if contents else {},
     )  # fmt: skip
 
 
-def _make_unit(index: int, tensor: SourceTensor, rules: Rules, unrotated: frozenset[str]) -> Unit:
-    info = tensor.info
-    layer = info.name.removesuffix(".weight")
-    decision = _decide(tensor, layer, rules)
-    chosen, reason = _choose_format(decision, tensor, rules)
-    if chosen is None:
-        return _plain_unit(index, tensor, layer, decision.rule, reason, rules.recipe.cast)
-    marker = chosen.comfy_quant()
-    room = len(json.dumps(marker))
-    if layer in unrotated:
-        chosen = replace(chosen, convrot_group_size=0)
-        marker = chosen.comfy_quant()
-    outputs = list(chosen.outputs(info.shape, info.dtype))
-    if marker and (chosen.in_quantization_metadata() or rules.recipe.comfy_quant):
-        outputs.append(json_output("comfy_quant", marker, room))
-    granularity = chosen.granularity(info.shape, info.dtype)
-    return Unit(
-        index, tensor, layer, chosen, tuple(outputs), info.elements, info.nbytes // info.elements, granularity,
-        decision.rule, reason, decision.choice,
-    )  # fmt: skip
+def _stored_contents(checkpoint: Checkpoint) -> Contents | None:
+    """Which layers are quantized already; None for a checkpoint in which none can be."""
+    if any(tensor.info.dtype in QUANTIZED for tensor in checkpoint.tensors.values()):
+        return read_contents(checkpoint)
+    return None
 
 
-def _decide(tensor: SourceTensor, layer: str, rules: Rules) -> Decision:
-    """What the rules say of a tensor; what is no candidate stays, whatever they say."""
-    info = tensor.info
-    if not info.name.endswith(".weight") or len(info.shape) != 2:
-        return Decision(None, "not a linear weight")
-    if info.dtype not in FLOATS:
-        reason = f"already quantized ({info.dtype})" if info.dtype in QUANTIZED else f"not floating point ({info.dtype})"
-        return Decision(None, "not a linear weight", reason)
-    if not info.elements:
-        return Decision(None, "not a linear weight", "empty")
-    return rules.decide(layer, info.name)
-
-
-def _choose_format(decision: Decision, tensor: SourceTensor, rules: Rules) -> tuple[Format | None, str | None]:
-    """The format that fits the shape: the one decided, its stated fallback, or none."""
-    if decision.choice is None:
-        return None, decision.reason
-    shape = tensor.info.shape
-    if small := decision.choice.too_small(shape):
-        return None, small
-    wanted = decision.choice.format
-    if rotation := decision.choice.rotation(shape[1]):
-        wanted = replace(wanted, convrot_group_size=rotation)
-    elif decision.choice.convrot:
-        sizes = decision.choice.convrot_group_size or " or ".join(map(str, reversed(CONVROT_GROUP_SIZES)))
-        return wanted, f"{shape[1]} columns are not divisible into groups of {sizes}: not rotated"
-    if wanted is None or not (misfit := wanted.misfit(shape)):
-        return wanted, None
-    fallback = wanted.fallback()
-    became = f"row scales ({fallback.name})" if fallback else "kept"
-    return fallback, f"{misfit}: {became}"
-
-
-def _plain_unit(index: int, tensor: SourceTensor, layer: str, rule: str, reason: str | None, cast: str | None) -> Unit:
-    info = tensor.info
-    if cast and info.dtype in FLOATS and info.dtype != cast and not _belongs_to_quantized(info.name):
-        outputs = (*Cast(cast).outputs(info.shape, info.dtype),)
-        width = info.nbytes // info.elements if info.elements else 1
-        return Unit(index, tensor, layer, Cast(cast), outputs, info.elements, width, 1, rule, reason)
-    outputs = (*Copy().outputs(info.shape, info.dtype),)
-    return Unit(index, tensor, layer, Copy(), outputs, info.nbytes, 1, 1, rule, reason)
-
-
-_SCALE_SUFFIXES = (
-    "weight_scale", "weight_scale_2", "scale_weight", "input_scale", "scale_input", "absmax", "quant_map",
-    "nested_absmax", "nested_quant_map", "scaled_fp8", "pre_quant_scale",
-)  # fmt: skip
-
-
-def _belongs_to_quantized(key: str) -> bool:
-    """Scales of an already quantized source keep their dtype: casting them would change every weight."""
-    return key.rsplit(".", 1)[-1] in _SCALE_SUFFIXES
+def _make_units(
+    checkpoint: Checkpoint, contents: Contents | None, rules: Rules, unrotated: frozenset[str]
+) -> tuple[list[Unit], dict[str, str]]:
+    """What becomes of every tensor, in order, and which are left out, with the reason."""
+    listed = header_layers(checkpoint)
+    layers = contents.layers if contents else {}
+    owners = {tensor.name: layer for layer in layers.values() for tensor in layer.tensors.values()}
+    legacy = {} if listed else {name: tensor for name, tensor in checkpoint.tensors.items() if is_legacy_marker(name)}
+    # Two numbers in the marker of the older spelling say that its layers are not to be multiplied in FP8.
+    careful = {"full_precision_matrix_mult": True} if any(tensor.info.elements == 2 for tensor in legacy.values()) else {}
+    weights: dict[str, Unit] = {}
+    for layer in layers.values():
+        if not rules.removes(layer.key):
+            unit = make_unit(0, layer.tensors["weight"], rules, unrotated, layer, listed.get(layer.name))
+            weights[layer.key] = unit if unit.quantized else marked_anew(unit, layer, rules.recipe.comfy_quant, careful)
+    units: list[Unit] = []
+    removed: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        owner = owners.get(name)
+        if reason := rules.removes(owner.key if owner else name):
+            removed[name] = reason
+        elif name in legacy:
+            removed[name] = "the spelling of today, in which each layer has a marker of its own"
+        elif owner is None:
+            entry = listed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            units.append(make_unit(len(units), tensor, rules, unrotated, listed=entry))
+        elif name == owner.key:
+            units.append(replace(weights[name], index=len(units)))
+        elif weights[owner.key].decoded is None:
+            units.append(scale_unit(len(units), tensor, owner))
+    return units, removed
 
 
 def _complain_about_unmatched(rules: Rules, checkpoint: Checkpoint, removed: dict[str, str]) -> None:
@@ -286,9 +190,16 @@ def _complain_about_unmatched(rules: Rules, checkpoint: Checkpoint, removed: dic
 
 def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit]) -> str:
     where = printable(str(checkpoint.path), 300)
-    already = sum((unit.reason or "").startswith("already quantized") for unit in units)
+    already = Counter(unit.reason for unit in units if unit.reason and unit.reason.endswith(" already"))
     if already:
-        return f"No layer of {where} would be converted: {already} are quantized already, convert from the original checkpoint."
+        found = ", ".join(f"{count} {'is' if count == 1 else 'are'} {printable(words[3:])}" for words, count in already.items())
+        return f"No layer of {where} would be converted: {found}. Ask for another format, or convert from the original."
+    unknown = sum((unit.reason or "").startswith("already quantized") for unit in units)
+    if unknown:
+        return (
+            f"No layer of {where} would be converted: {unknown} are quantized already, in a way that is not known here; "
+            f"convert from the original checkpoint."
+        )
     if not any(len(unit.shape) == 2 for unit in units):
         return f"No layer of {where} would be converted: it holds no 2-D *.weight tensor."
     return f"No layer of {where} would be converted: every candidate stays by a rule; --preset none lifts the preset's."
@@ -334,33 +245,15 @@ def _file_names(name: str, count: int) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _plan_file(
-    name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe, inherited: dict[str, Any]
-) -> PlannedFile:
-    tensors = layout(
-        (unit.output_name(output), output.dtype, output.shape) for unit in units for output in unit.outputs
-    )
-    metadata = dict(checkpoint.metadata)
-    metadata.setdefault("format", "pt")
-    metadata.pop(QUANTIZATION_KEY, None)  # the source's may list layers of other shards, or that are left out
-    if layers := _quantization_layers(units, inherited):
-        metadata[QUANTIZATION_KEY] = _quantization_metadata(layers)
+def _plan_file(name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe) -> PlannedFile:
+    tensors = ((unit.output_name(output), output.dtype, output.shape) for unit in units for output in unit.outputs)
+    layers = {unit.layer: unit.listed for unit in units if unit.listed is not None}
+    listing = _quantization_metadata(layers) if layers else None
+    if listing:
         # Which rows of INT8 are rotated is known after the layout is: spaces take the place of what an entry lacks.
         longest = _quantization_metadata(layers | {unit.layer: marker for unit in units if (marker := _rotated_marker(unit))})
-        metadata[QUANTIZATION_KEY] += " " * (len(json.dumps(longest)) - len(json.dumps(metadata[QUANTIZATION_KEY])))
-    provenance = {
-        "tool": "streamquant",
-        "version": __version__,
-        "recipe": recipe.describe(),
-        "source": [{"name": file.path.name, "header_sha256": file.header.sha256} for file in checkpoint.files],
-    }
-    # The tensors' hashes are known last but their length is known now: zeros keep their place at the very end.
-    zeros = "0" * HASH_DIGITS * len(tensors)
-    opening = json.dumps(provenance)[:-1] + ', "tensor_xxh3_64": "'
-    metadata[PROVENANCE_KEY] = opening + zeros + '"}'
-    header = build_header(tensors, metadata)
-    marker = json.dumps(opening, ensure_ascii=False)[1:-1].encode()
-    return PlannedFile(name, header, tuple(tensors), header.index(marker) + len(marker))
+        listing += " " * (len(json.dumps(longest)) - len(json.dumps(listing)))
+    return planned_file(name, tensors, checkpoint, {"recipe": recipe.describe()}, listing)
 
 
 def _quantization_metadata(layers: dict[str, Any]) -> str:
@@ -373,42 +266,31 @@ def _rotated_marker(unit: Unit) -> dict[str, Any] | None:
     return replace(unit.format, convrot_group_size=rotation).comfy_quant() if rotation else None
 
 
-def _quantization_layers(units: list[Unit], inherited: dict[str, Any]) -> dict[str, Any]:
-    """The header's list of ComfyUI-quantized layers: ours, and those the source had and keeps."""
-    layers: dict[str, Any] = {}
-    for unit in units:
-        if unit.quantized and unit.format.in_quantization_metadata():
-            layers[unit.layer] = unit.format.comfy_quant()
-        elif unit.layer in inherited and unit.key.endswith(".weight"):
-            layers[unit.layer] = inherited[unit.layer]
-    return layers
-
-
-def _listed_layers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ComfyUI-quantized layers that the headers of the source list."""
-    layers: dict[str, Any] = {}
-    for file in checkpoint.files:
-        try:
-            listed = json.loads(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
-        except (ValueError, AttributeError, RecursionError):
-            listed = None
-        if not isinstance(listed, dict):
-            raise errors.MetadataError(
-                f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should "
-                f"be: mend or remove it."
-            )
-        layers |= listed
-    return layers
-
-
-def _notes(units: list[Unit], removed: dict[str, str], rules: Rules) -> tuple[str, ...]:
-    notes = []
-    if removed:
-        notes.append(f"{len(removed)} tensors are left out by {next(iter(removed.values()))}.")
-    already = [unit for unit in units if (unit.reason or "").startswith("already quantized")]
-    if already:
-        notes.append(f"{len(already)} layers are quantized already and are copied with their scales.")
+def _notes(units: list[Unit], removed: dict[str, str], foreign: dict[str, str], rules: Rules) -> Iterator[str]:
     if "auto" in rules.recipe.preset:
         prefix = f", with the prefix {printable(rules.prefix)!r}" if rules.prefix else ""
-        notes.insert(0, f"Architecture recognised by its keys: {rules.recognised.title}{prefix}.")
-    return tuple(notes)
+        yield f"Architecture recognised by its keys: {rules.recognised.title}{prefix}."
+    for reason, count in Counter(reason.partition(" (")[0] for reason in removed.values()).items():
+        yield f"{_tensors(count)} left out by {reason}."
+    if decoded := Counter(unit.decoded.format for unit in units if unit.decoded):
+        found = ", ".join(f"{count} {printable(name)}" for name, count in decoded.items())
+        yield (
+            f"The source is quantized: {_layers(decoded.total())} decoded on the way ({found}). What they lost then stays "
+            f"lost, and errors are against the decoded weights; convert from the original checkpoint if you have it."
+        )
+    if already := sum(_was_quantized(unit) for unit in units):
+        yield f"{_layers(already)} quantized already and copied with their scales."
+    for tool, count in Counter(foreign.values()).items():
+        yield f"{_layers(count)} of {tool}, which cannot be decoded here, and copied as they are."
+
+
+def _was_quantized(unit: Unit) -> bool:
+    return unit.key.endswith(".weight") and not unit.quantized and unit.source.info.dtype in QUANTIZED
+
+
+def _layers(count: int) -> str:
+    return f"{count:,} layers are" if count != 1 else "1 layer is"
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensors are" if count != 1 else "1 tensor is"

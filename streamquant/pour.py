@@ -46,7 +46,7 @@ class Work:
 
     def __init__(self, unit: Unit):
         self.unit = unit
-        self.encoder: Encoder = unit.format.encoder(unit.shape, unit.dtype)
+        self.encoder: Encoder = unit.format.encoder(unit.shape, unit.origin)
         self.preparation: Future | None = None
         self.streamed = [output for output in unit.outputs if output.streamed]
         self.hashers = [xxhash.xxh3_64() for _ in self.streamed]
@@ -100,9 +100,10 @@ class Pour:
     def run(self) -> None:
         """Convert every unit that is not done, publish every file. Raises a StreamquantError."""
         todo = [unit for unit in self.plan.units if unit.index not in self.session.done]
-        done_bytes = sum(self.plan.units[index].source.info.nbytes for index in self.session.done)
+        done_bytes = sum(self.plan.units[index].source_bytes for index in self.session.done)
         self.observer.started(self.plan, self.tiles, done_bytes)
-        begun_bytes = sum(record["end"] * self.plan.units[index].element_bytes for index, record in self.session.begun.items())
+        begun = [(self.plan.units[index], record["end"]) for index, record in self.session.begun.items()]
+        begun_bytes = sum(unit.source_bytes_of(0, end) for unit, end in begun)
         self.prefetcher.advance(done_bytes + begun_bytes)
         with contextlib.ExitStack() as stack:
             self.pool = ThreadPoolExecutor(self.options.effective_threads, "tile")
@@ -123,7 +124,7 @@ class Pour:
             work = Work(unit)
             if record := self.session.begun.get(unit.index):
                 work.take_up(record, self.session)
-                self.observer.progress(unit, work.begin * unit.element_bytes)
+                self.observer.progress(unit, unit.source_bytes_of(0, work.begin))
             elif work.observes and unit.index in self.session.learned:
                 work.skip_first_pass(self.session.learned[unit.index])
             if self.knowledge.origin(unit):
@@ -169,7 +170,7 @@ class Pour:
     def _compute(self, work: Work, begin: int, end: int, observing: bool) -> Any:
         """In a worker: read a tile, compute it, and (when encoding) write its bytes at their final offsets."""
         unit, encoder = work.unit, work.encoder
-        raw = self.reader.tile(unit.source, begin * unit.element_bytes, end * unit.element_bytes)
+        raw = unit.read(self.reader.tile, begin, end)
         backend = self._backend() if not encoder.wants_bytes else None
         tile = np.frombuffer(raw, dtype=np.uint8) if backend is None else backend.load(raw, unit.dtype)
         if observing:
@@ -228,7 +229,7 @@ class Pour:
                 self._finish(work)
             return
         work.encoder.absorb(result)
-        self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
+        self.prefetcher.advance(unit.source_bytes_of(tile.begin, tile.end))
         if last:
             work.learned = True
             self.session.journal.append({"unit": unit.index, "learned": work.encoder.state()})
@@ -250,7 +251,7 @@ class Pour:
         work.sums.add(encoded.sums.error, encoded.sums.weight)
         work.output.add(encoded.output.before, encoded.output.after, encoded.output.energy)
         if not work.observes:
-            self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
+            self.prefetcher.advance(unit.source_bytes_of(tile.begin, tile.end))
         if tile.end < unit.elements:
             self.session.journal.append(
                 {
@@ -263,7 +264,7 @@ class Pour:
                 }
             )
         self.peak = max(self.peak, anonymous_bytes())
-        self.observer.progress(unit, (tile.end - tile.begin) * unit.element_bytes)
+        self.observer.progress(unit, unit.source_bytes_of(tile.begin, tile.end))
 
     def _finish(self, work: Work) -> None:
         """The unit's last tile is committed: write what is not streamed, close its hashes, journal it."""
@@ -281,7 +282,8 @@ class Pour:
         self.session.journal.append(record)
         self.session.done[unit.index] = record
         self.observer.finished(layer_result(self.plan, unit, self.knowledge.origin(unit), record))
-        self.reader.release(unit.source)
+        for tensor in unit.sources:
+            self.reader.release(tensor)
         self._publish_complete(unit)
 
     def _write_whole(self, name: str, data: bytes | Fill) -> xxhash.xxh3_64:

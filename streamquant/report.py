@@ -21,6 +21,7 @@ class LayerResult:
     inputs, or what was done without. output_error_before, output_error_after: estimated relative error of the layer's
     outputs, rounded to nearest with absmax and as written; None where nothing was done to lower it. Where nothing is
     known of the inputs they are taken as independent and equal. parameters: of the format, as its class takes them.
+    decoded_from: the format that it had in the source, if it was quantized there.
     """
 
     key: str
@@ -34,6 +35,7 @@ class LayerResult:
     output_error_before: float | None = None
     output_error_after: float | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    decoded_from: str | None = None
 
 
 def layer_result(plan: Plan, unit: Unit, knowledge: str, record: dict[str, Any]) -> LayerResult:
@@ -45,9 +47,9 @@ def layer_result(plan: Plan, unit: Unit, knowledge: str, record: dict[str, Any])
     energy = energy or weight
     known = bool(energy and before)
     return LayerResult(
-        unit.key, unit.format.name, unit.rule, unit.reason, unit.source.info.nbytes, plan.output_bytes(unit), relative,
+        unit.key, unit.format.name, unit.rule, unit.reason, unit.source_bytes, plan.output_bytes(unit), relative,
         knowledge, math.sqrt(before / energy) if known else None, math.sqrt(after / energy) if known else None,
-        unit.format.parameters(),
+        unit.format.parameters(), unit.decoded.format if unit.decoded else None,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from streamquant import errors
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.journal import Journal, Records, differences, read_records, writing
 from streamquant.checkpoint.writer import Names, PartialFile, find_journals, sync_folder
-from streamquant.plan import HASH_DIGITS, Plan, Unit
+from streamquant.output_file import HASH_DIGITS
+from streamquant.plan import Plan, Unit
 from streamquant.preflight import check_destination, check_disk
 
 CHUNK = 8 << 20

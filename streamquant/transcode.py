@@ -101,9 +101,9 @@ def _learn(plan: Plan, reader: TileReader, options: Options) -> tuple[Plan, Laye
 def _source_ranges(plan: Plan, reader: TileReader) -> list[tuple[int, int, int]]:
     """(descriptor, offset, bytes) of every unit's source, in the order in which they are read."""
     ranges = []
-    for unit in plan.units:
-        start = plan.checkpoint.files[unit.source.file].header.data_start + unit.source.info.start
-        ranges.append((reader.descriptor(unit.source.file), start, unit.source.info.nbytes))
+    for tensor in (tensor for unit in plan.units for tensor in unit.sources):
+        start = plan.checkpoint.files[tensor.file].header.data_start + tensor.info.start
+        ranges.append((reader.descriptor(tensor.file), start, tensor.info.nbytes))
     return ranges
 
 

@@ -54,9 +54,9 @@ def unrotated_layers(
 def _sample(unit: Unit, reader: TileReader) -> np.ndarray:
     """Some rows of a weight, evenly spread: float32 [n, N]; what is not finite counts as 0."""
     rows, columns = unit.shape
-    width = columns * unit.element_bytes
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).round().astype(np.int64))
-    raw = [np.frombuffer(reader.tile(unit.source, row * width, (row + 1) * width), np.uint8) for row in chosen.tolist()]
+    ranges = [(row * columns, (row + 1) * columns) for row in chosen.tolist()]
+    raw = [np.frombuffer(unit.read(reader.tile, begin, end), np.uint8) for begin, end in ranges]
     return np.nan_to_num(to_float32(np.concatenate(raw), unit.dtype), posinf=0.0, neginf=0.0).reshape(-1, columns)
 
 

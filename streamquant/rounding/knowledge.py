@@ -44,7 +44,7 @@ class LayerKnowledge:
     def __init__(self, plan: Plan, reader: TileReader, look: bool = True):
         self.plan, self.reader, self.look, recipe = plan, reader, look, plan.recipe
         self.calibration: Calibration | None = None
-        self.weights = weights = CheckpointWeights(reader, plan.prefix)
+        self.weights = weights = CheckpointWeights(reader, plan.prefix, plan.stored)
         self.feeds = next((preset.feeds for preset in plan.presets if preset.feeds), ()) if recipe.structure else ()
         graph = next((preset.time for preset in plan.presets if preset.time), None)
         self.sweep = TimeSweep(graph, weights) if graph else None

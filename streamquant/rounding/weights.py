@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
 from streamquant.checkpoint.reader import SourceTensor, TileReader
+from streamquant.stored import Layout, StoredLayer, elements
 
 # Rows of a weight read at once hold this many elements. Fixed, so that sums over them do not depend on any budget.
 CHUNK_ELEMENTS = 1 << 21
@@ -30,24 +33,34 @@ class Weights(Protocol):
 class CheckpointWeights:
     """The weights of an open checkpoint; safe to use from several threads.
 
-    prefix: what its names carry before the architecture's own. Of dtypes BF16, F16, F32 and F64 only: a weight in any
-    other is codes without their scales, and counts as absent. `rows` raises SourceReadError.
+    prefix: what its names carry before the architecture's own. stored: its quantized layers by name, which are decoded.
+    Besides these, of dtypes BF16, F16, F32 and F64 only: a weight in any other counts as absent. `rows` raises
+    SourceReadError.
     """
 
-    def __init__(self, reader: TileReader, prefix: str = ""):
-        self.reader, self.prefix = reader, prefix
+    def __init__(self, reader: TileReader, prefix: str = "", stored: Mapping[str, StoredLayer] = MappingProxyType({})):
+        self.reader, self.prefix, self.stored = reader, prefix, stored
 
     def _tensor(self, name: str) -> SourceTensor | None:
         return self.reader.checkpoint.tensors.get(self.prefix + name)
+
+    def _layout(self, name: str) -> Layout | None:
+        layer = self.stored.get((self.prefix + name).removesuffix(".weight")) if name.endswith(".weight") else None
+        return layer.layout if layer else None
 
     def __contains__(self, name: str) -> bool:
         return self._tensor(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
+        if layout := self._layout(name):
+            return layout.shape
         tensor = self._tensor(name)
         return None if tensor is None or tensor.info.dtype not in _NUMPY else tuple(tensor.info.shape)
 
     def rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        if layout := self._layout(name):
+            width = math.prod(layout.shape[1:])
+            return elements(layout, self.reader.tile, begin * width, end * width).reshape(end - begin, *layout.shape[1:])
         tensor = self._tensor(name)
         shape, dtype = tensor.info.shape, tensor.info.dtype
         row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * _NUMPY[dtype].itemsize

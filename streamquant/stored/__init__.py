@@ -1,7 +1,7 @@
 """What a checkpoint holds, whoever wrote it: which layers are quantized, how, and their weights again, by tiles."""
 
 from .contents import Contents, StoredLayer, read_contents
-from .layouts import TILE_ELEMENTS, Layout, Plain, Read, ScaledCodes, Tile, tiles
+from .layouts import TILE_ELEMENTS, Layout, Plain, Read, ScaledCodes, Tile, elements, tiles
 
 __all__ = [
     "TILE_ELEMENTS",
@@ -12,6 +12,7 @@ __all__ = [
     "ScaledCodes",
     "StoredLayer",
     "Tile",
+    "elements",
     "read_contents",
     "tiles",
 ]

@@ -119,7 +119,7 @@ def read_contents(source: Checkpoint | str) -> Contents:
 def _contents(checkpoint: Checkpoint, read: Read) -> Contents:
     groups = _group(checkpoint.tensors)
     listed = header_layers(checkpoint)
-    legacy = any(name.rsplit(".", 1)[-1] == LEGACY_MARKER for name in checkpoint.tensors) and not listed
+    legacy = any(map(is_legacy_marker, checkpoint.tensors)) and not listed
     layers: dict[str, StoredLayer] = {}
     for name, beside in groups.items():
         tensors = {"weight": checkpoint.tensors[f"{name}.weight"]} | beside
@@ -186,6 +186,11 @@ def _permuted(beside: dict[str, SourceTensor], read: Read) -> tuple[str, ...]:
 def _disagree(own: dict[str, Any], listed: dict[str, Any]) -> bool:
     """Whether two markers mean different things; `per_row` and the sizes are not read by ComfyUI."""
     return any(own.get(key) != listed.get(key) for key in ("format", "convrot", "convrot_groupsize"))
+
+
+def is_legacy_marker(name: str) -> bool:
+    """Whether a tensor says of its whole file that it is of the older `scaled_fp8` kind."""
+    return name.rsplit(".", 1)[-1] == LEGACY_MARKER
 
 
 def decodable(layers: Iterable[StoredLayer]) -> None:

@@ -99,6 +99,10 @@ class RotatedInt4(Layout):
     high_first: bool = False
     relative_error = 0.18
 
+    @property
+    def alignment(self) -> int:
+        return self.rotation
+
     def decode(self, read: Read, begin: int, end: int) -> Tile:
         columns = self.columns
         packed = np.frombuffer(read(self.packed, begin // 2, (end + 1) // 2), dtype=np.uint8)

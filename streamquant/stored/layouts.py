@@ -7,6 +7,7 @@ absmax, then the rotation), to the bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -46,6 +47,11 @@ class Layout(ABC):
         """Elements of a row: the last dimension; of a scalar, 1."""
         return self.shape[-1] if self.shape else 1
 
+    @property
+    def alignment(self) -> int:
+        """Of how many elements the ends of a part of a row must be multiples: of the groups that are rotated together."""
+        return 1
+
     @abstractmethod
     def decode(self, read: Read, begin: int, end: int) -> Tile:
         """Elements [begin, end) of the flattened weight: whole rows, or a part of one row."""
@@ -76,6 +82,18 @@ def tiles(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> Iterator[tup
         yield begin, min(begin + step, total)
 
 
+def elements(layout: Layout, read: Read, begin: int, end: int) -> np.ndarray:
+    """Elements [begin, end) of the flattened weight: float32. Both are multiples of the layout's alignment."""
+    columns = layout.columns
+    first, last = -(-begin // columns) * columns, end // columns * columns  # the whole rows among them
+    if first >= last:
+        cuts = [begin, min(first, end), end] if first < end else [begin, end]
+    else:
+        cuts = [begin, first, last, end]
+    pieces = [layout.decode(read, start, stop).values for start, stop in itertools.pairwise(cuts) if start < stop]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 @dataclass(frozen=True)
 class Plain(Layout):
     """A floating tensor."""
@@ -102,6 +120,10 @@ class ScaledCodes(Layout):
     rotation: int = 0
     divisor: float = 1.0
     reciprocal: bool = False
+
+    @property
+    def alignment(self) -> int:
+        return self.rotation or 1
 
     @property
     def scales_in_row(self) -> int:

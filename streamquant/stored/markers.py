@@ -9,7 +9,7 @@ from typing import Any
 from streamquant import errors
 from streamquant.checkpoint.header import Header, printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor
-from streamquant.plan import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KEY
+from streamquant.output_file import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KEY
 
 from .layouts import Read
 

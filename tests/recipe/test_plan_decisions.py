@@ -119,23 +119,51 @@ SCALED = {
 }  # fmt: skip
 
 
-def test_quantized_layers_are_copied_and_their_scales_not_cast(tmp_path):
-    recipe = Recipe(FormatChoice("fp8"), preset=("none",), cast="BF16")
+def test_quantized_layers_that_stay_are_copied_and_their_scales_not_cast(tmp_path):
+    recipe = Recipe(FormatChoice("fp8"), preset=("none",), cast="BF16", exclude_layers="^i$")
     made, units = decided(tmp_path, SCALED, recipe)
     assert {key for key, unit in units.items() if unit.format.name != "copy"} == {"plain.weight", "q.bias"}
-    assert (
-        units["q.weight"].reason == "already quantized (F8_E4M3)"
-        and units["n.weight"].reason == "already quantized (U8)"
-    )
-    assert any("4 layers are quantized already" in note for note in made.notes)
+    assert units["q.weight"].reason == units["old.weight"].reason == "is float8_e4m3fn already"
+    assert units["i.weight"].reason == "excluded"
+    assert units["n.weight"].reason == "already quantized (U8), in a way that is not known here"
+    assert any("4 layers are quantized already and copied" in note for note in made.notes)
 
 
-def test_header_entries_of_copied_layers_are_kept_and_of_absent_ones_dropped(tmp_path):
+def test_layers_asked_for_in_another_format_are_decoded_and_it_is_said(tmp_path):
+    made, units = decided(tmp_path, SCALED, Recipe(FormatChoice("nf4"), preset=("none",)))
+    decoded = {key: unit.decoded.format for key, unit in units.items() if unit.decoded}
+    assert decoded == {"q.weight": "float8_e4m3fn", "i.weight": "int8", "old.weight": "float8_e4m3fn"}
+    (note,) = [note for note in made.notes if "decoded on the way" in note]
+    assert "3 layers are decoded on the way (2 float8_e4m3fn, 1 int8)" in note
+    assert not {"q.weight_scale", "q.comfy_quant", "i.input_scale", "old.scale_weight"} & units.keys()
+    assert made.removed == {"scaled_fp8": "the spelling of today, in which each layer has a marker of its own"}
+
+
+@pytest.mark.parametrize("elements", [0, 2])
+def test_the_older_spelling_is_written_anew(tmp_path, elements):
+    """A list of layers in the header would make ComfyUI overlook the layers of the older spelling."""
+    tensors = {key: tensor for key, tensor in SCALED.items() if key.startswith(("old", "plain"))}
+    tensors |= {"old.scale_input": floats(1, dtype="F32"), "scaled_fp8": noise("F8_E4M3", elements)}
+    made, units = decided(tmp_path, tensors, FP8)
+    names = {unit.output_name(output) for unit in units.values() for output in unit.outputs}
+    assert {name for name in names if name.startswith("old")} == {
+        "old.weight", "old.weight_scale", "old.input_scale", "old.comfy_quant"
+    }  # fmt: skip
+    marker = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if elements == 2 else {})
+    listed = json.loads(json.loads(made.files[0].header[8:])["__metadata__"]["_quantization_metadata"])["layers"]
+    assert listed == {"old": marker, "plain": {"format": "float8_e4m3fn"}}
+
+
+def test_header_entries_of_copied_layers_are_kept_and_of_others_dropped(tmp_path):
     """A header alone can mark a layer; an entry for a layer that is not in the file says something false."""
-    listed = {"q": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, "gone": {"format": "nvfp4"}}
+    listed = {
+        "q": {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, "gone": {"format": "nvfp4"},
+        "i": {"format": "int8_tensorwise"},
+    }  # fmt: skip
     metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": listed}), "other": "kept"}
-    tensors = {key: tensor for key, tensor in SCALED.items() if key != "q.comfy_quant"}
-    made, _ = decided(tmp_path, tensors, FP8, metadata)
+    tensors = {key: tensor for key, tensor in SCALED.items() if key != "q.comfy_quant" and not key.startswith("old")}
+    recipe = Recipe(FormatChoice("fp8"), custom_layers="^i$", custom=FormatChoice("nf4"), preset=("none",))
+    made, _ = decided(tmp_path, tensors, recipe, metadata)
     found = json.loads(made.files[0].header[8:])["__metadata__"]
     assert json.loads(found["_quantization_metadata"])["layers"] == {
         "q": listed["q"],
@@ -183,7 +211,8 @@ def test_a_name_that_would_come_twice(tmp_path):
         ({"a.bias": floats(4)}, FP8, "no 2-D *.weight tensor"),
         ({"img_in.weight": floats(4, 4)}, Recipe(), "--preset none"),
         ({"a.weight": floats(4, 4)}, Recipe(FormatChoice("keep")), "every candidate stays"),
-        ({"q.weight": noise("F8_E4M3", 4, 4), "q.weight_scale": floats(dtype="F32")}, FP8, "1 are quantized already"),
+        ({"q.weight": noise("F8_E4M3", 4, 4), "q.weight_scale": floats(dtype="F32")}, FP8, "1 is float8_e4m3fn already"),
+            ({"q.weight": noise("U8", 4, 4)}, FP8, "1 are quantized already, in a way that is not known here"),
         ({"a.weight": floats(4, 4)}, Recipe(FormatChoice("keep"), cast="BF16"), "every candidate stays"),
     ],
 )  # fmt: skip

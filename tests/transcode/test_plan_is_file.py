@@ -19,7 +19,8 @@ from small_checkpoints import EVERY_FORMAT, SEARCHED_FORMATS, Tensor, floats, lo
 import streamquant
 from streamquant import FormatChoice, Recipe, budget, errors
 from streamquant.checkpoint.header import DTYPE_BITS
-from streamquant.plan import HASH_DIGITS, Plan, plan
+from streamquant.output_file import HASH_DIGITS
+from streamquant.plan import Plan, plan
 from streamquant.transcode import convert
 
 names = st.sampled_from(
@@ -95,6 +96,7 @@ def recipes(draw) -> Recipe:
         draw(st.sampled_from([("auto",), ("none",), ("flux2", "t5xxl")])),
         draw(st.booleans()),
         draw(st.sampled_from([None, "BF16", "F16"])),
+        allow_nonfinite=True,  # some of the sources are FP8 already, of random codes, and NaN is one of them
     )
 
 
@@ -153,7 +155,7 @@ def check_units(folder: Path, made: Plan, source: dict[str, Tensor]) -> None:
     output = {}
     for planned in made.files:
         output |= load(folder / planned.name)
-    assert {unit.key for unit in made.units} | made.removed.keys() == set(source)
+    assert {tensor.name for unit in made.units for tensor in unit.sources} | made.removed.keys() == set(source)
     promised = {made_output: unit for unit in made.units for made_output in map(unit.output_name, unit.outputs)}
     assert promised.keys() == output.keys()
     for unit in made.units:
@@ -217,7 +219,7 @@ def test_every_dtype_passes_through_byte_for_byte(tmp_path, io):
         if tag not in ("BF16", "F16", "F32", "F64"):
             tensors[f"{tag}.weight"] = noise(tag, 4, 4, *last, seed=len(tensors))
     path = save(tmp_path / "m.safetensors", tensors)
-    convert(path, tmp_path / "o.safetensors", Recipe(FormatChoice("int8")), io=io)
+    convert(path, tmp_path / "o.safetensors", Recipe(FormatChoice("int8"), exclude_layers="^F8"), io=io)
     found = load(tmp_path / "o.safetensors")
     for name, tensor in tensors.items():
         assert name == "blocks.0.qkv.weight" or found[name] == tensor, name
