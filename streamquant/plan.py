@@ -275,8 +275,8 @@ def _notes(units: list[Unit], removed: dict[str, str], foreign: dict[str, str], 
     if decoded := Counter(unit.decoded.format for unit in units if unit.decoded):
         found = ", ".join(f"{count} {printable(name)}" for name, count in decoded.items())
         yield (
-            f"The source is quantized: {_layers(decoded.total())} decoded on the way ({found}). What they lost then stays "
-            f"lost, and errors are against the decoded weights; convert from the original checkpoint if you have it."
+            f"The source is quantized: {_layers(decoded.total())} decoded on the way ({found}). Errors are against the decoded "
+            f"weights; convert from the original checkpoint if you have it, which loses less."
         )
     if already := sum(_was_quantized(unit) for unit in units):
         yield f"{_layers(already)} quantized already and copied with their scales."

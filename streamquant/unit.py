@@ -139,7 +139,7 @@ def make_unit(
 
 def scale_unit(index: int, tensor: SourceTensor, owner: StoredLayer) -> Unit:
     """A scale or marker of a quantized layer that stays: copied, under the name that loaders look for now."""
-    unit = _plain_unit(index, tensor, f"with {owner.key}", None, None)
+    unit = _plain_unit(index, tensor, "scales and markers of what stays", None, None)
     suffix = tensor.name.removeprefix(f"{owner.name}.")
     if modern(suffix) == suffix:
         return unit
