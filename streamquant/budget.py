@@ -81,7 +81,7 @@ def tile_sizes(
     needs = learned.values()
     fixed = OVERHEAD[backend]
     fixed += max((need.preparing for need in needs), default=0) + max((need.prepared for need in needs), default=0)
-    elements, peak, worst = [], 0, None
+    elements, peak, worst, worst_device = [], 0, None, None
     for unit in plan.units:
         per_element = max(bytes_per_element(unit, io, backend), 0.125)
         granularity, target, overhead = unit.granularity, TARGET_TILE_BYTES // unit.element_bytes, fixed
@@ -90,24 +90,32 @@ def tile_sizes(
             granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index].rows)
             overhead += threads * STRIP_BYTES * unit.shape[1]
             target = LEARNED_ELEMENTS if vram_budget is None else LEARNED_ELEMENTS_ON_DEVICE
-        limit = (memory_budget - overhead) / in_flight / per_element
+        memory_limit = limit = (memory_budget - overhead) / in_flight / per_element
+        # On the device: the tile, its float32 form, its codes and one temporary, per worker.
+        on_device = threads * (unit.element_bytes + 16)
         if vram_budget is not None:
-            # On the device: the tile, its float32 form, its codes and one temporary, per worker.
-            limit = min(limit, vram_budget / threads / (unit.element_bytes + 16))
+            limit = min(limit, vram_budget / on_device)
         granules = max(min(target, limit) // granularity, 1)
         size = int(min(granules * granularity, max(unit.elements, 1)))
         need = overhead + math.ceil(size * per_element) * in_flight
-        if size > limit and (worst is None or need > worst[0]):
+        if size > memory_limit and (worst is None or need > worst[0]):
             worst = need, unit
+        if vram_budget is not None and size * on_device > max(vram_budget, worst_device[0] if worst_device else 0):
+            worst_device = size * on_device, unit
         elements.append(size)
         peak = max(peak, need)
     if worst:
-        need, unit = worst
-        raise BudgetError(
-            f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget "
-            f"of {memory_budget // MEBIBYTE} MiB: give --memory-budget {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
-        )
+        raise _too_large(*worst, memory_budget, "--memory-budget")
+    if worst_device:
+        raise _too_large(*worst_device, vram_budget, "--vram-budget")
     return TileSizes(tuple(elements), in_flight, max(peak, fixed), memory_budget)
+
+
+def _too_large(need: int, unit: Unit, budget: int, option: str) -> BudgetError:
+    return BudgetError(
+        f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget of "
+        f"{budget // MEBIBYTE} MiB: give {option} {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
+    )
 
 
 def anonymous_bytes() -> int:

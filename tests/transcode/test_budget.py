@@ -63,6 +63,14 @@ def test_the_refusal_names_a_budget_that_is_enough(tmp_path):
         tile_sizes(made, (enough - 2) * MEBIBYTE, 2, "pread", "numba", None)
 
 
+def test_a_device_too_small_is_refused_by_its_own_name_and_told_what_is_enough(plans):
+    made = plans["int8-row"]
+    with pytest.raises(errors.BudgetError, match="big.weight .*--vram-budget") as caught:
+        tile_sizes(made, 1 << 30, 2, "mmap", "torch", 1 << 10)
+    enough = int(re.search(r"--vram-budget (\d+)MiB", str(caught.value))[1])
+    assert tile_sizes(made, 1 << 30, 2, "mmap", "torch", enough * MEBIBYTE)
+
+
 @pytest.mark.parametrize("memory", [0, 1, 64 * MEBIBYTE])
 def test_a_budget_below_the_process_itself_is_refused(plans, memory):
     with pytest.raises(errors.BudgetError, match="--memory-budget"):

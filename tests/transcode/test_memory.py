@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from small_checkpoints import EVERY_FORMAT
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.process import anonymous_bytes
 from benchmarks.shapes import flux_of_size, one_tensor
+from streamquant.transcode import convert
 
 MIB = 1 << 20
 BUDGET = 256 * MIB
@@ -88,3 +90,12 @@ def test_read_into_memory_of_our_own_with_many_threads(tmp_path):
     write_checkpoint(path, flux_of_size(1_200_000_000).tensors(), sparse=True)
     found = peaks(path, ["int8-row"], io="pread", threads=8)
     assert 0 < found["int8-row"] <= BUDGET, found
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "int8-row-rotated"])
+def test_a_quantized_source_is_decoded_within_the_budget(tmp_path, name):
+    path = tmp_path / "one.safetensors"
+    write_checkpoint(path, one_tensor(400_000_000))
+    convert(path, tmp_path / "quantized.safetensors", EVERY_FORMAT[name])
+    found = peaks(tmp_path / "quantized.safetensors", ["fp8-tensor", "fp8-block", "fp4"])
+    assert all(0 < peak <= BUDGET for peak in found.values()), found
