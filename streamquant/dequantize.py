@@ -6,6 +6,7 @@ only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import xxhash
 
 from streamquant import errors
 from streamquant.budget import anonymous_bytes
+from streamquant.checkpoint.calls import remove
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
 from streamquant.checkpoint.writer import Names, PartialFile
@@ -140,8 +142,9 @@ def dequantize(
             peak = _pour(plan, file, reader, allow_nonfinite, options.effective_threads, watcher, stop)
         _publish(file, force)
     except BaseException:
-        file.close()
-        file.partial.unlink(missing_ok=True)
+        file.abandon()
+        with contextlib.suppress(errors.DestinationWriteError):  # the first failure is the one to be told
+            remove(file.partial)
         raise
     formats: dict[str, int] = {}
     for layer in plan.layers:

@@ -95,6 +95,7 @@ class Pour:
         self._local = threading.local()
         self._in_flight: deque[Tile] = deque()
         self._unsynced = 0
+        self._warned = False
         self._sync: tuple[Future, int] | None = None
 
     def run(self) -> None:
@@ -305,7 +306,12 @@ class Pour:
             # Last first: the one still missing is found at once.
             if all(member.index in self.session.done for member in reversed(self.session.members[number])):
                 self._settle()  # a file must not be closed while it is being synced, nor a failed sync go unseen
-                self.session.publish(number, self.options.force)
+                if not self.session.publish(number, self.options.force) and not self._warned:
+                    self._warned = True
+                    self.observer.note(
+                        "This filesystem has no hard links: a file of the same name that appears while a new one is given "
+                        "its name would be replaced."
+                    )
 
     def _keep_durable(self) -> None:
         """Now and then make the data durable, beside the work, and only then say so in the journal."""

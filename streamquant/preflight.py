@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from streamquant import errors
@@ -49,8 +51,25 @@ def device_class(device: str) -> str:
     return f"cuda sm_{major}{minor}"
 
 
+@contextmanager
+def _looking_at(folder: Path) -> Iterator[None]:
+    """Turns an OSError into a PreflightError."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.PreflightError(
+            f"Looking at {printable(str(folder), 300)} failed: {error.strerror or error}; mend the cause, or choose another "
+            f"folder with -o."
+        ) from None
+
+
 def check_destination(plan: Plan, destination: Path, force: bool) -> None:
     """Raises a PreflightError when the destination's folder is absent, or a final name is taken or is the source."""
+    with _looking_at(destination.parent):
+        _check_destination(plan, destination, force)
+
+
+def _check_destination(plan: Plan, destination: Path, force: bool) -> None:
     folder = destination.parent
     if not folder.is_dir():
         raise errors.PreflightError(f"The folder {printable(str(folder), 300)} does not exist: create it first.")
@@ -87,4 +106,5 @@ def check_disk(plan: Plan, folder: Path, already_reserved: int = 0) -> None:
 
 def free_disk(folder: Path) -> int:
     """Bytes a new file may take on the disk of `folder`."""
-    return shutil.disk_usage(folder).free
+    with _looking_at(folder):
+        return shutil.disk_usage(folder).free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Any
 import xxhash
 
 from streamquant import errors
+from streamquant.checkpoint.calls import remove, sync_folder, writing
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.journal import Journal, Records, differences, read_records, writing
-from streamquant.checkpoint.writer import Names, PartialFile, find_journals, sync_folder
+from streamquant.checkpoint.journal import Journal, Records, differences, in_use, read_records
+from streamquant.checkpoint.writer import Names, PartialFile, find_journals
 from streamquant.output_file import HASH_DIGITS
 from streamquant.plan import Plan, Unit
 from streamquant.preflight import check_destination, check_disk
@@ -39,24 +41,33 @@ class Session:
     learned: dict[int, Any] = field(default_factory=dict)
     published: set[int] = field(default_factory=set)
 
-    def close(self) -> None:
+    def abandon(self) -> None:
+        """Close everything on the way out of a failure, which is the one to be told. What was written is kept."""
         for file in self.files:
-            file.close()
-        self.journal.close()
+            file.abandon()
+        self.journal.abandon()
 
     def discard(self) -> None:
-        """Remove the partial files, the shards published so far and the journal: there is nothing in them to go on from."""
-        self.close()
-        for number, file in enumerate(self.files):
-            file.partial.unlink(missing_ok=True)
-            if number in self.published:
-                file.final.unlink(missing_ok=True)
-        self.names.journal.unlink(missing_ok=True)
+        """Remove the partial files, the shards published so far and the journal: there is nothing in them to go on from.
+
+        This too is the way out of a failure; what cannot be removed stays, and its journal with it.
+        """
+        self.abandon()
+        with contextlib.suppress(errors.DestinationWriteError):
+            for number, file in enumerate(self.files):
+                remove(file.partial)
+                if number in self.published:
+                    remove(file.final)
+            remove(self.names.journal)
 
     def finish(self) -> None:
         """All files are published: the journal has served."""
-        self.close()
-        self.names.journal.unlink(missing_ok=True)
+        for file in self.files:
+            file.close()
+        self.journal.close()
+        with writing(self.names.destination):
+            sync_folder(self.names.destination.parent)  # no partial name must outlive the journal that leads to it
+        remove(self.names.journal)
 
     @functools.cached_property
     def members(self) -> list[list[Unit]]:
@@ -74,14 +85,18 @@ class Session:
             hashes |= dict(zip(names, self.done[unit.index]["hashes"], strict=True))
         return "".join(hashes[tensor.name] for tensor in self.plan.files[number].tensors).encode()
 
-    def publish(self, number: int, replace: bool) -> None:
-        """File `number` is complete: put its hashes in place, make it durable, give it its name."""
+    def publish(self, number: int, replace: bool) -> bool:
+        """File `number` is complete: put its hashes in place, make it durable, give it its name.
+
+        Returns whether the filesystem can give a name without ever replacing another file.
+        """
         self.files[number].write(self.plan.files[number].hash_offset, memoryview(self.file_hashes(number)))
         # A resume knows a file that has its final name by the hashes in the journal: they must not be lost after it.
         self.journal.sync()
-        self.files[number].publish(replace)
+        never_replaces = self.files[number].publish(replace)
         self.published.add(number)
         self.journal.append({"published": number})
+        return never_replaces
 
 
 def open_session(
@@ -92,38 +107,59 @@ def open_session(
     Raises a PreflightError when the destination cannot be written, ResumeError when the only partial output there
     belongs to another conversion.
     """
-    journals = find_journals(destination)
-    if resume:
-        session, complaint = _take_up(plan, journals, fingerprint, force)
-        if session:
-            note("Resuming: what the interrupted run wrote is intact up to where it goes on.")
-            return session
-        if is_complete(plan, destination):
-            return None
-        if complaint:
-            raise complaint
-        note("There is nothing to resume: starting from the beginning.")
-    elif journals:
-        note(
-            f"An interrupted conversion to this name is still here ({printable(journals[0].journal.name)}): "
-            f"--resume goes on with it; delete it with its .partial file if it is not wanted."
-        )
-    check_destination(plan, destination, force)
-    check_disk(plan, destination.parent)
-    return _begin(plan, destination, fingerprint, note)
+    with writing(destination):
+        journals = find_journals(destination)
+        if resume:
+            session, complaint = _take_up(plan, journals, fingerprint, force)
+            if session:
+                note("Resuming: what the interrupted run wrote is intact up to where it goes on.")
+                return _noted(session, note)
+            if is_complete(plan, destination):
+                return None
+            if complaint:
+                raise complaint
+            note("There is nothing to resume: starting from the beginning.")
+        check_destination(plan, destination, force)
+        _refuse_company(journals)
+        if journals and not resume:
+            note(
+                f"An interrupted conversion to this name is still here ({printable(journals[0].journal.name)}): "
+                f"--resume goes on with it; delete it with its .partial file if it is not wanted."
+            )
+        check_disk(plan, destination.parent)
+        return _noted(_begin(plan, destination, fingerprint), note)
 
 
-def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any], note: Callable[[str], None]) -> Session:
+def _refuse_company(journals: list[Names]) -> None:
+    """Raise PreflightError when one of these runs is alive: two at once would be in each other's way."""
+    for names in journals:
+        if in_use(names.journal):
+            raise errors.PreflightError(
+                f"Another conversion to {printable(str(names.destination), 300)} is running: wait for it, stop it, or give "
+                f"another name with -o."
+            )
+
+
+def _noted(session: Session, note: Callable[[str], None]) -> Session:
+    """The session, once it is said what its filesystem cannot do."""
+    if not all(file.preallocated for file in session.files) and not session.resumed:
+        note("This filesystem cannot reserve space: a full disk will show only when it is full (and --resume goes on).")
+    if not session.journal.locked:
+        note("This filesystem has no locks: see to it that no other conversion writes to the same name meanwhile.")
+    return session
+
+
+def _begin(plan: Plan, destination: Path, fingerprint: dict[str, Any]) -> Session:
     names = Names.fresh(destination)
     files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
     session = Session(plan, names, Journal.create(names.journal, fingerprint), files)
     try:
+        # Looked for once more: of two that begin together, at least one now sees the other.
+        _refuse_company([other for other in find_journals(destination) if other != names])
         _create_files(session)
     except BaseException:
         session.discard()
         raise
-    if not all(file.preallocated for file in files):
-        note("This filesystem cannot reserve space: a full disk will show only when it is full (and --resume goes on).")
     return session
 
 
@@ -133,7 +169,7 @@ def _create_files(session: Session) -> None:
     with writing(session.names.journal):
         sync_folder(folder)
     for planned, file in zip(session.plan.files, session.files, strict=True):
-        file.partial.unlink(missing_ok=True)
+        remove(file.partial)
         file.create(planned.header)
     with writing(session.names.destination):
         sync_folder(folder)
@@ -162,9 +198,10 @@ def _take_up(
         files = [PartialFile(names.partial(file.name), names.final(file.name), file.size) for file in plan.files]
         session = Session(plan, names, journal, files, resumed=True, learned=records.learned)
         try:
+            _refuse_company([other for other in journals if other != names])
             _restore(session, records, force)
         except BaseException:
-            session.close()
+            session.abandon()
             raise
         return session, None
     return None, complaint
@@ -219,8 +256,8 @@ def _expect_published(session: Session, number: int, records: Records) -> None:
             f"{printable(session.names.journal.name)} and convert from the start."
         )
     with writing(final):
-        session.files[number].partial.unlink(missing_ok=True)
         sync_folder(final.parent)
+    remove(session.files[number].partial)
     session.published.add(number)
 
 

@@ -82,7 +82,7 @@ def convert(
             session.discard()  # no resume could get past that weight with this recipe
             raise
         except BaseException:
-            session.close()
+            session.abandon()
             raise
         session.finish()
     return _report(plan, knowledge, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)

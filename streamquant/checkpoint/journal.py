@@ -15,8 +15,11 @@ hashes they carry.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +28,12 @@ from typing import Any
 import xxhash
 
 from streamquant import errors
+from streamquant.checkpoint.calls import UNSUPPORTED, close, close_read, remove, writing
 from streamquant.checkpoint.header import printable
 
 VERSION = 1
 _DIGEST = 16
+LOCK_ATTEMPTS, LOCK_WAIT = 5, 0.05  # seconds between two
 
 
 @dataclass
@@ -48,11 +53,15 @@ class Records:
 
 
 class Journal:
-    """Appends to a journal file. Every method raises DestinationWriteError when the disk does not take it."""
+    """Appends to a journal file. Every method raises DestinationWriteError when the disk does not take it.
+
+    lines: how many there are. locked: whether the filesystem could mark it as being written.
+    """
 
     def __init__(self, path: Path, descriptor: int, lines: int):
         self.path = path
         self.lines = lines
+        self.locked = True
         self._descriptor = descriptor
 
     @classmethod
@@ -62,12 +71,13 @@ class Journal:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         journal = cls(path, descriptor, 0)
         try:
-            _lock(descriptor, path)
+            journal.locked = _lock(descriptor, path)
             journal.append({"journal": VERSION, "fingerprint": fingerprint})
             journal.sync()
         except BaseException:
-            journal.close()
-            path.unlink()
+            journal.abandon()
+            with contextlib.suppress(errors.DestinationWriteError):  # the first failure is the one to be told
+                remove(path)
             raise
         return journal
 
@@ -77,14 +87,16 @@ class Journal:
         with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))
         try:
-            _lock(descriptor, path)
+            locked = _lock(descriptor, path)
             records = read_records(path)
             with writing(path):
                 os.ftruncate(descriptor, records.nbytes)
         except BaseException:
-            os.close(descriptor)
+            close_read(descriptor)
             raise
-        return cls(path, descriptor, records.lines), records
+        journal = cls(path, descriptor, records.lines)
+        journal.locked = locked
+        return journal, records
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; it reaches the disk with the next `sync` at the latest."""
@@ -99,7 +111,15 @@ class Journal:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with writing(self.path):
+                close(descriptor)
+
+    def abandon(self) -> None:
+        """Close on the way out of a failure, which is the one to be told."""
+        with contextlib.suppress(errors.DestinationWriteError):
+            self.close()
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -119,7 +139,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> Records:
-    """The intact beginning of a journal. Raises ResumeError when not even its first line is intact."""
+    """The intact beginning of a journal. Raises ResumeError when not even its first line is intact, DestinationWriteError
+    when it cannot be read."""
     try:
         with open(path, "rb") as file:
             first = _decode(file.readline())
@@ -137,8 +158,11 @@ def read_records(path: Path) -> Records:
                 _take(record, records, history)
                 records.lines += 1
                 records.nbytes += len(line)
+    except FileNotFoundError:
+        raise errors.ResumeError(f"The journal {printable(str(path), 300)} is gone: convert from the start.") from None
     except OSError as error:
-        raise errors.ResumeError(f"Cannot read the journal {printable(str(path), 300)}: {error.strerror}.") from None
+        where = printable(str(path), 300)
+        raise errors.DestinationWriteError(f"Reading {where} failed: {error.strerror}; mend the cause and --resume.") from None
     return records
 
 
@@ -181,35 +205,49 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-class writing:
-    """Turns an OSError into a DestinationWriteError that names the file and what to do."""
+def _lock(descriptor: int, path: Path) -> bool:
+    """Mark the journal as being written, for whoever would write to the same destination. Returns whether that can be done.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            where = printable(str(self.path), 300)
-            raise errors.DestinationWriteError(
-                f"Writing {where} failed: {error.strerror or error}; what was written is kept, mend the cause and go on with "
-                f"--resume."
-            ) from None
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Mark the journal as being written. Two fresh runs never share one; this only guards a resume of a live run."""
+    Raises ResumeError when another process has marked it.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: a second resume of a live run is not detected there
-        return
+    except ImportError:  # Windows
+        return False
+    for _ in range(LOCK_ATTEMPTS):
+        with writing(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(LOCK_WAIT)  # `in_use` holds the lock for a moment when it looks
+            except OSError as error:
+                if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+                    raise
+                return False
+    raise errors.ResumeError(
+        f"Another process is writing {printable(str(path), 300)}: wait for it, or stop it, then --resume."
+    )
+
+
+def in_use(path: Path) -> bool:
+    """Whether a live process is writing this journal. False where the filesystem has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise errors.ResumeError(
-            f"Another process is writing {printable(str(path), 300)}: wait for it, or stop it, then --resume."
-        ) from None
-    except OSError:
-        return  # a filesystem without locks
+        import fcntl
+    except ImportError:
+        return False
+    with writing(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # its run ends at this very moment
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+                raise
+        finally:
+            close_read(descriptor)
+    return False

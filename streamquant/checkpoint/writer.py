@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamquant import errors
+from streamquant.checkpoint.calls import UNSUPPORTED, close, close_read, repeated, sync_folder, writing
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.journal import writing
 from streamquant.checkpoint.positioned import read_at, write_at
-
-UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,16 @@ class PartialFile:
 
         Raises ResumeError when it is not the file planned.
         """
-        try:
-            self._descriptor = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise errors.ResumeError(
-                f"The partial file {printable(str(self.partial), 300)} cannot be opened ({error.strerror}): delete its journal "
-                f"and convert from the start."
-            ) from None
-        if os.fstat(self._descriptor).st_size != self.size:
+        with writing(self.partial):
+            try:
+                self._descriptor = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
+            except FileNotFoundError:
+                raise errors.ResumeError(
+                    f"The partial file {printable(str(self.partial), 300)} is gone: delete its journal and convert from the "
+                    f"start."
+                ) from None
+            size = os.fstat(self._descriptor).st_size
+        if size != self.size:
             raise errors.ResumeError(
                 f"The partial file {printable(str(self.partial), 300)} does not have the planned size of {self.size:,} bytes: "
                 f"delete it and its journal, and convert from the start."
@@ -105,56 +105,70 @@ class PartialFile:
         with writing(self.partial):
             _data_sync(self._descriptor)
 
-    def publish(self, replace: bool) -> None:
-        """fsync, give the file its final name, fsync the folder. Raises OutputExistsError unless `replace`."""
+    def publish(self, replace: bool) -> bool:
+        """fsync, give the file its final name, fsync the folder. Raises OutputExistsError unless `replace`.
+
+        Returns whether the filesystem can give a name without ever replacing another file.
+        """
         with writing(self.partial):
             os.fsync(self._descriptor)
         self.close()
         with writing(self.final):
-            if replace:
-                os.replace(self.partial, self.final)
-            else:
-                rename_new(self.partial, self.final)
+            if not replace:
+                return rename_new(self.partial, self.final)
+            repeated(os.replace, self.partial, self.final)
             sync_folder(self.final.parent)
+        return True
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with writing(self.partial):
+                close(descriptor)
+
+    def abandon(self) -> None:
+        """Close on the way out of a failure, which is the one to be told."""
+        with contextlib.suppress(errors.DestinationWriteError):
+            self.close()
 
 
-def rename_new(source: Path, target: Path) -> None:
-    """Rename without ever replacing: a hard link refuses an existing target atomically, a rename does not."""
+def rename_new(source: Path, target: Path) -> bool:
+    """Rename without ever replacing: a hard link refuses an existing target atomically, a rename does not. Durable.
+
+    Returns False where the filesystem has no hard links: there the look and the rename are two steps.
+    """
+    linked = True
     try:
-        os.link(source, target)
+        repeated(os.link, source, target)
     except FileExistsError:
-        raise errors.OutputExistsError(
-            f"{printable(str(target), 300)} appeared while the conversion ran; the complete result is kept as "
-            f"{printable(source.name)}: move the other file away and use --resume, or --resume --force."
-        ) from None
+        if not _same_file(source, target):  # else the link was made, and only its success went unheard
+            raise _appeared(source, target) from None
     except OSError as error:
-        # Filesystems without hard links say so, each in its own way; there the check and the rename are two steps.
+        # Filesystems without hard links say so, each in its own way.
         if error.errno not in UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}:
             raise
+        linked = False
+    if not linked:
         if os.path.lexists(target):
-            raise errors.OutputExistsError(f"{printable(str(target), 300)} appeared while the conversion ran.") from None
-        os.rename(source, target)
-    else:
-        os.unlink(source)
+            raise _appeared(source, target)
+        repeated(os.rename, source, target)
+        sync_folder(target.parent)
+        return False
+    sync_folder(target.parent)  # the new name must not be lost when the old one is
+    repeated(os.unlink, source)
+    return True
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where folders can be opened (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two names are those of one file, itself and not by a symbolic link."""
+    return os.path.samestat(os.lstat(one), os.lstat(other))
+
+
+def _appeared(source: Path, target: Path) -> errors.OutputExistsError:
+    return errors.OutputExistsError(
+        f"{printable(str(target), 300)} appeared while the conversion ran; the complete result is kept as "
+        f"{printable(source.name)}: move the other file away and use --resume, or --resume --force."
+    )
 
 
 def write_small_file(path: Path, data: bytes, run: str) -> None:
@@ -165,9 +179,11 @@ def write_small_file(path: Path, data: bytes, run: str) -> None:
         try:
             write_at(descriptor, memoryview(data), 0)
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
+        except BaseException:
+            close_read(descriptor)
+            raise
+        close(descriptor)
+        repeated(os.replace, partial, path)
         sync_folder(path.parent)
 
 

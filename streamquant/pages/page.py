@@ -17,8 +17,8 @@ from typing import Any
 from rich.filesize import decimal
 
 from streamquant import __version__
+from streamquant.checkpoint.calls import writing
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.journal import writing
 from streamquant.checkpoint.reader import open_checkpoint
 from streamquant.checkpoint.writer import write_small_file
 from streamquant.report import Report

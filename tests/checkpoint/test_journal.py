@@ -125,7 +125,7 @@ def test_another_version_is_refused(path, monkeypatch):
 
 
 def test_an_absent_journal_is_an_error_of_resuming(path):
-    with pytest.raises(errors.ResumeError, match="No such file"):
+    with pytest.raises(errors.ResumeError, match="is gone"):
         read_records(path)
 
 

@@ -129,7 +129,7 @@ def test_reopening_puts_the_header_back(part):
 
 
 def test_reopening_another_file_is_refused(part):
-    with pytest.raises(errors.ResumeError, match="cannot be opened"):
+    with pytest.raises(errors.ResumeError, match="is gone"):
         part.reopen(HEADER)
     part.create(HEADER)
     part.close()

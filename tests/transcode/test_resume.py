@@ -187,18 +187,49 @@ def test_a_live_run_cannot_be_resumed_beside_itself(source, out):
     assert "Another process" in seen[0] and hidden(out.parent) == []
 
 
-def test_a_second_fresh_run_to_the_same_name_loses_nothing(source, out, tmp_path):
-    """Both run; the first to end gets the name; the other's result is kept, and said to be."""
+@pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}, {"force": True, **SHARDS}], ids=str)
+def test_a_second_run_to_the_same_name_refuses(source, out, tmp_path, options):
+    """Shards of two runs must never mix, and one output is enough: also under another spelling of the folder."""
     expected = whole(source, tmp_path, RECIPE)
+    (tmp_path / "link").symlink_to(out.parent)
+    other = EVERY_FORMAT["nf4"]
+    spellings = [out, tmp_path / "link" / out.name, out.parent / ".." / out.parent.name / out.name]
+    refusals = []
 
     def run_beside(tiles: int) -> None:
         if tiles == 5:
-            convert(source, out, RECIPE)
+            for name in spellings:
+                with pytest.raises((errors.PreflightError, errors.ResumeError)) as caught:
+                    convert(source, name, other, **options)
+                refusals.append(str(caught.value))
 
-    watcher = Watcher(run_beside)
+    convert(source, out, RECIPE, observer=Watcher(run_beside))
+    assert files(out.parent) == expected and hidden(out.parent) == []
+    assert len(refusals) == 3
+    if "resume" not in options:
+        assert all("is running: wait for it" in text for text in refusals)
+
+
+def test_an_interrupted_run_is_not_resumed_beside_a_live_one(source, out, tmp_path):
+    interrupt(source, out, EVERY_FORMAT["nf4"], 5)
+
+    def run_beside(tiles: int) -> None:
+        if tiles == 5:
+            with pytest.raises(errors.PreflightError, match="is running"):
+                convert(source, out, EVERY_FORMAT["nf4"], resume=True)
+
+    convert(source, out, RECIPE, observer=Watcher(run_beside))
+    assert len(hidden(out.parent)) == 2, "what was interrupted is kept"
+    out.unlink()
+    convert(source, out, EVERY_FORMAT["nf4"], resume=True)
+    assert hidden(out.parent) == []
+
+
+def test_an_output_that_appears_meanwhile_is_kept_and_so_is_the_result(source, out, tmp_path):
+    expected = whole(source, tmp_path, RECIPE)
     with pytest.raises(errors.OutputExistsError, match="complete result is kept"):
-        convert(source, out, RECIPE, observer=watcher)
-    assert files(out.parent) == expected
+        convert(source, out, RECIPE, observer=Watcher(lambda tiles: out.write_bytes(b"mine") if tiles == 5 else None))
+    assert out.read_bytes() == b"mine"
     out.rename(tmp_path / "elsewhere")
     watcher = Watcher()
     convert(source, out, RECIPE, resume=True, observer=watcher)

@@ -1,0 +1,74 @@
+"""Calls that change files: repeated when a signal interrupts them, their failures told in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streamquant import errors
+from streamquant.checkpoint.header import printable
+
+UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # what a filesystem says that cannot do it
+
+
+class writing:
+    """Turns an OSError into a DestinationWriteError that names the file and what to do."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            where = printable(str(self.path), 300)
+            raise errors.DestinationWriteError(
+                f"Writing {where} failed: {error.strerror or error}; what was written is kept, mend the cause and go on with "
+                f"--resume."
+            ) from None
+
+
+def repeated(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The call's result, made again for as long as a signal interrupts it: Python itself repeats some calls, not all."""
+    while True:
+        try:
+            return call(*arguments)
+        except InterruptedError:
+            continue
+
+
+def close(descriptor: int) -> None:
+    """Close what was written to. Raises OSError; not for an interruption, after which the descriptor is gone all the same."""
+    with contextlib.suppress(InterruptedError):
+        os.close(descriptor)
+
+
+def close_read(descriptor: int) -> None:
+    """Close what was only read: whatever that says, all was read."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there. Raises DestinationWriteError."""
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        repeated(os.unlink, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where folders can be opened (not on Windows). Raises OSError."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        close_read(descriptor)
