@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,11 @@ class Unit:
         """The tensor name of one of the outputs."""
         return f"{self.layer}.{output.suffix}" if output.suffix else self.key
 
+    @functools.cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """The tensor names of all outputs."""
+        return tuple(map(self.output_name, self.outputs))
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -120,11 +126,11 @@ class Plan:
 
     def file_of(self, unit: Unit) -> int:
         """The number of the output file that holds all of a unit's tensors."""
-        return self.placement[unit.output_name(unit.outputs[0])][0]
+        return self.placement[unit.output_names[0]][0]
 
     def output_bytes(self, unit: Unit) -> int:
         """Bytes of all tensors that a unit becomes."""
-        return sum(self.placement[unit.output_name(output)][2] for output in unit.outputs)
+        return sum(self.placement[name][2] for name in unit.output_names)
 
     def index_json(self) -> bytes:
         """The Hugging Face shard index, when there are several files."""
@@ -193,19 +199,24 @@ def _make_unit(index: int, tensor: SourceTensor, rules: Rules, unrotated: frozen
     chosen, reason = _choose_format(decision, tensor, rules)
     if chosen is None:
         return _plain_unit(index, tensor, layer, decision.rule, reason, rules.recipe.cast)
-    marker = chosen.comfy_quant()
-    room = len(json.dumps(marker))
-    if layer in unrotated:
-        chosen = replace(chosen, convrot_group_size=0)
-        marker = chosen.comfy_quant()
-    outputs = list(chosen.outputs(info.shape, info.dtype))
-    if marker and (chosen.in_quantization_metadata() or rules.recipe.comfy_quant):
-        outputs.append(json_output("comfy_quant", marker, room))
-    granularity = chosen.granularity(info.shape, info.dtype)
+    asked, chosen = chosen, replace(chosen, convrot_group_size=0) if layer in unrotated else chosen
+    marked = chosen.in_quantization_metadata() or rules.recipe.comfy_quant
+    outputs, granularity = _layer_layout(chosen, info.shape, info.dtype, asked if marked else None)
     return Unit(
-        index, tensor, layer, chosen, tuple(outputs), info.elements, info.nbytes // info.elements, granularity,
+        index, tensor, layer, chosen, outputs, info.elements, info.nbytes // info.elements, granularity,
         decision.rule, reason, decision.choice,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)  # many layers have one shape
+def _layer_layout(
+    chosen: Format, shape: tuple[int, ...], dtype: str, asked: Format | None
+) -> tuple[tuple[Output, ...], int]:
+    """The outputs of a weight, and its granularity. asked: the format whose marker there must be room for, if any."""
+    outputs = list(chosen.outputs(shape, dtype))
+    if asked and (marker := chosen.comfy_quant()):
+        outputs.append(json_output("comfy_quant", marker, room=len(json.dumps(asked.comfy_quant()))))
+    return tuple(outputs), chosen.granularity(shape, dtype)
 
 
 def _decide(tensor: SourceTensor, layer: str, rules: Rules) -> Decision:
@@ -244,10 +255,10 @@ def _choose_format(decision: Decision, tensor: SourceTensor, rules: Rules) -> tu
 def _plain_unit(index: int, tensor: SourceTensor, layer: str, rule: str, reason: str | None, cast: str | None) -> Unit:
     info = tensor.info
     if cast and info.dtype in FLOATS and info.dtype != cast and not _belongs_to_quantized(info.name):
-        outputs = (*Cast(cast).outputs(info.shape, info.dtype),)
+        outputs, _ = _layer_layout(Cast(cast), info.shape, info.dtype, None)
         width = info.nbytes // info.elements if info.elements else 1
         return Unit(index, tensor, layer, Cast(cast), outputs, info.elements, width, 1, rule, reason)
-    outputs = (*Copy().outputs(info.shape, info.dtype),)
+    outputs, _ = _layer_layout(Copy(), info.shape, info.dtype, None)
     return Unit(index, tensor, layer, Copy(), outputs, info.nbytes, 1, 1, rule, reason)
 
 
@@ -296,12 +307,12 @@ def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit]) -> str:
 
 def _refuse_name_clashes(units: list[Unit]) -> None:
     """A source tensor named like something we write for a layer (its old scale, say) would come twice."""
-    counts = Counter(unit.output_name(output) for unit in units for output in unit.outputs)
+    counts = Counter(name for unit in units for name in unit.output_names)
     for unit in units:
-        for output in unit.outputs:
-            if counts[unit.output_name(output)] > 1:
+        for name in unit.output_names:
+            if counts[name] > 1:
                 raise errors.CheckpointError(
-                    f"The source already has a tensor {printable(unit.output_name(output))!r}, which converting "
+                    f"The source already has a tensor {printable(name)!r}, which converting "
                     f"{printable(unit.layer)!r} would write: it seems quantized already, convert from the original."
                 )
 
@@ -338,7 +349,9 @@ def _plan_file(
     name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe, inherited: dict[str, Any]
 ) -> PlannedFile:
     tensors = layout(
-        (unit.output_name(output), output.dtype, output.shape) for unit in units for output in unit.outputs
+        (name, output.dtype, output.shape)
+        for unit in units
+        for name, output in zip(unit.output_names, unit.outputs, strict=True)
     )
     metadata = dict(checkpoint.metadata)
     metadata.setdefault("format", "pt")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamquant.formats import Format
 from streamquant.plan import Plan, Unit
 
 # Of a layer whose inputs nothing is known of: with the scales that absmax gives, or with searched ones.
@@ -47,8 +49,13 @@ def layer_result(plan: Plan, unit: Unit, knowledge: str, record: dict[str, Any])
     return LayerResult(
         unit.key, unit.format.name, unit.rule, unit.reason, unit.source.info.nbytes, plan.output_bytes(unit), relative,
         knowledge, math.sqrt(before / energy) if known else None, math.sqrt(after / energy) if known else None,
-        unit.format.parameters(),
+        _parameters(unit.format),
     )  # fmt: skip
+
+
+@functools.cache
+def _parameters(format: Format) -> dict[str, Any]:
+    return format.parameters()
 
 
 @dataclass
