@@ -16,6 +16,7 @@ from streamquant.plan import Plan, Unit
 
 MEBIBYTE = 1 << 20
 TARGET_TILE_BYTES = 8 * MEBIBYTE  # of source data: large enough to forget the overheads, small enough for the cache
+BATCHES_PER_TILE = 32  # small units are done together up to that part of a tile
 LEARNED_ELEMENTS = 1 << 21  # of a tile whose codes are learned: its arithmetic is long, and its float32 form is kept
 LEARNED_ELEMENTS_ON_DEVICE = 1 << 25  # there time grows with the columns and hardly with the rows: many at once
 LEARNED_BYTES = 4 + 4 + 1  # per element of such a tile, beyond the others: rotated, as a matrix, and its codes
@@ -39,9 +40,13 @@ OVERHEAD = {"numba": 128 * MEBIBYTE, "torch": 160 * MEBIBYTE}
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Elements per tile for each unit; how many tiles exist at once; bytes of memory to expect, and allowed."""
+    """Elements per tile for each unit; how many tiles exist at once; bytes of memory to expect, and allowed.
+
+    batch_bytes: of source data, up to which small units share a task, which counts as a tile.
+    """
 
     elements: tuple[int, ...]
+    batch_bytes: int
     in_flight: int
     peak_bytes: int
     memory_budget: int
@@ -82,6 +87,7 @@ def tile_sizes(
     fixed = OVERHEAD[backend]
     fixed += max((need.preparing for need in needs), default=0) + max((need.prepared for need in needs), default=0)
     elements, peak, worst, worst_device = [], 0, None, None
+    widest, most_overhead = 1.0, fixed
     for unit in plan.units:
         per_element = max(bytes_per_element(unit, io, backend), 0.125)
         granularity, target, overhead = unit.granularity, TARGET_TILE_BYTES // unit.element_bytes, fixed
@@ -90,6 +96,8 @@ def tile_sizes(
             granularity = math.lcm(granularity, unit.shape[1] * learned[unit.index].rows)
             overhead += threads * STRIP_BYTES * unit.shape[1]
             target = LEARNED_ELEMENTS if vram_budget is None else LEARNED_ELEMENTS_ON_DEVICE
+        widest = max(widest, per_element / unit.element_bytes)
+        most_overhead = max(most_overhead, overhead)
         memory_limit = limit = (memory_budget - overhead) / in_flight / per_element
         # On the device: the tile, its float32 form, its codes and one temporary, per worker.
         on_device = threads * (unit.element_bytes + 16)
@@ -108,7 +116,9 @@ def tile_sizes(
         raise _too_large(*worst, memory_budget, "--memory-budget")
     if worst_device:
         raise _too_large(*worst_device, vram_budget, "--vram-budget")
-    return TileSizes(tuple(elements), in_flight, max(peak, fixed), memory_budget)
+    # The outputs of a batch exist twice for a moment, while they are put together to be written.
+    batch_bytes = min(TARGET_TILE_BYTES / BATCHES_PER_TILE, (memory_budget - most_overhead) / in_flight / widest / 2)
+    return TileSizes(tuple(elements), int(batch_bytes), in_flight, max(peak, fixed), memory_budget)
 
 
 def _too_large(need: int, unit: Unit, budget: int, option: str) -> BudgetError:

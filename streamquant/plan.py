@@ -65,11 +65,11 @@ class Plan:
 
     def file_of(self, unit: Unit) -> int:
         """The number of the output file that holds all of a unit's tensors."""
-        return self.placement[unit.output_name(unit.outputs[0])][0]
+        return self.placement[unit.output_names[0]][0]
 
     def output_bytes(self, unit: Unit) -> int:
         """Bytes of all tensors that a unit becomes."""
-        return sum(self.placement[unit.output_name(output)][2] for output in unit.outputs)
+        return sum(self.placement[name][2] for name in unit.output_names)
 
     def index_json(self) -> bytes:
         """The Hugging Face shard index, when there are several files."""
@@ -207,12 +207,12 @@ def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit]) -> str:
 
 def _refuse_name_clashes(units: list[Unit]) -> None:
     """A source tensor named like something we write for a layer (its old scale, say) would come twice."""
-    counts = Counter(unit.output_name(output) for unit in units for output in unit.outputs)
+    counts = Counter(name for unit in units for name in unit.output_names)
     for unit in units:
-        for output in unit.outputs:
-            if counts[unit.output_name(output)] > 1:
+        for name in unit.output_names:
+            if counts[name] > 1:
                 raise errors.CheckpointError(
-                    f"The source already has a tensor {printable(unit.output_name(output))!r}, which converting "
+                    f"The source already has a tensor {printable(name)!r}, which converting "
                     f"{printable(unit.layer)!r} would write: it seems quantized already, convert from the original."
                 )
 
@@ -246,7 +246,11 @@ def _file_names(name: str, count: int) -> list[str]:
 
 
 def _plan_file(name: str, units: list[Unit], checkpoint: Checkpoint, recipe: Recipe) -> PlannedFile:
-    tensors = ((unit.output_name(output), output.dtype, output.shape) for unit in units for output in unit.outputs)
+    tensors = (
+        (name, output.dtype, output.shape)
+        for unit in units
+        for name, output in zip(unit.output_names, unit.outputs, strict=True)
+    )
     layers = {unit.layer: unit.listed for unit in units if unit.listed is not None}
     listing = _quantization_metadata(layers) if layers else None
     if listing:

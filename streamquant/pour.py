@@ -2,7 +2,8 @@
 
 The main thread hands out tiles and commits them strictly in the order of the plan (hash, journal, statistics). So the
 journal is always a prefix of the work, whatever order the workers finish in, and a tensor's hash is a running hash. A
-format that needs the whole tensor first has its first pass scheduled one unit ahead, so that no worker waits for it.
+format that needs the whole tensor first has its first pass scheduled one unit ahead, so that no worker waits for it. A
+unit of one tile is finished by its worker, small ones many to a task (`streamquant.batch`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import xxhash
 
 from streamquant import errors
+from streamquant.batch import Batch, Pieces, bytes_of, finish_unit, sums_record
 from streamquant.budget import TileSizes, anonymous_bytes
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import TileReader
@@ -30,7 +32,7 @@ from streamquant.kernels import ErrorSums, select
 from streamquant.options import Observer, Options
 from streamquant.plan import Plan, Unit
 from streamquant.prefetch import Prefetcher
-from streamquant.report import layer_result
+from streamquant.report import LayerResult, layer_result
 from streamquant.rounding.knowledge import LayerKnowledge
 from streamquant.session import Session, prefix_hashers
 
@@ -93,7 +95,9 @@ class Pour:
         self.tiles, self.observer, self.stop = tiles, observer, stop
         self.peak = anonymous_bytes()
         self._local = threading.local()
-        self._in_flight: deque[Tile] = deque()
+        self.results: dict[int, LayerResult] = {}
+        self._in_flight: deque[Tile | Batch] = deque()
+        self._batch = Batch(0)
         self._unsynced = 0
         self._warned = False
         self._sync: tuple[Future, int] | None = None
@@ -113,15 +117,24 @@ class Pour:
             stack.callback(self.syncer.shutdown, wait=True)
             self._publish_complete()
             for work, observing in self._schedule(todo):
-                self._hand_out(work, observing)
+                if isinstance(work, Unit):
+                    self._join_batch(work)
+                else:
+                    self._hand_out(work, observing)
+            self._hand_out_batch()
             while self._in_flight:
                 self._commit_next()
             self._publish_complete()
 
-    def _schedule(self, todo: list[Unit]) -> Iterator[tuple[Work, bool]]:
-        """(work, whether to observe it): first passes one unit ahead of the encoding."""
-        waiting: Work | None = None
+    def _schedule(self, todo: list[Unit]) -> Iterator[tuple[Work | Unit, bool]]:
+        """(work, whether to observe it): first passes one unit ahead of the encoding. A unit is done at once."""
+        waiting: Work | Unit | None = None
         for unit in todo:
+            if self._done_at_once(unit):
+                if waiting is not None:
+                    yield waiting, False
+                waiting = unit
+                continue
             work = Work(unit)
             if record := self.session.begun.get(unit.index):
                 work.take_up(record, self.session)
@@ -138,19 +151,41 @@ class Pour:
         if waiting is not None:
             yield waiting, False
 
+    def _done_at_once(self, unit: Unit) -> bool:
+        """Whether one tile holds the unit, and nothing of it needs to be prepared or taken up."""
+        if unit.elements > self.tiles.elements[unit.index] or unit.index in self.session.begun:
+            return False
+        return not self.knowledge.refines(unit)
+
+    def _join_batch(self, unit: Unit) -> None:
+        file = self.plan.file_of(unit)
+        if not self._batch.takes(unit, file, self.tiles.batch_bytes):
+            self._hand_out_batch(file)
+        self._batch.add(unit)
+
+    def _hand_out_batch(self, next_file: int = 0) -> None:
+        """Submit the units that have come together."""
+        batch, self._batch = self._batch, Batch(next_file)
+        if batch.units:
+            self._make_room()
+            batch.future = self.pool.submit(self._convert, batch.units)
+            self._in_flight.append(batch)
+
+    def _make_room(self) -> None:
+        """Commit what was handed out first until another task is within the budget."""
+        while len(self._in_flight) >= self.tiles.in_flight:
+            self._commit_next()
+
     def _hand_out(self, work: Work, observing: bool) -> None:
         """Submit the tiles of one pass over one unit, committing finished ones to stay within the budget."""
+        self._hand_out_batch()
         if work.preparation is not None:
             work.encoder.rounding = self._prepared(work.preparation)
         while not observing and not work.learned:
             self._commit_next()
         unit, size = work.unit, self.tiles.elements[work.unit.index]
-        if not unit.elements:
-            self._drain()
-            self._finish(work)
         for begin in range(0 if observing else work.begin, unit.elements, size):
-            while len(self._in_flight) >= self.tiles.in_flight:
-                self._commit_next()
+            self._make_room()
             end = min(begin + size, unit.elements)
             future = self.pool.submit(self._compute, work, begin, end, observing)
             self._in_flight.append(Tile(work, begin, end, observing, future))
@@ -164,16 +199,10 @@ class Pour:
                 self._commit_next()
         return preparation.result()
 
-    def _drain(self) -> None:
-        while self._in_flight:
-            self._commit_next()
-
     def _compute(self, work: Work, begin: int, end: int, observing: bool) -> Any:
         """In a worker: read a tile, compute it, and (when encoding) write its bytes at their final offsets."""
         unit, encoder = work.unit, work.encoder
-        raw = unit.read(self.reader.tile, begin, end)
-        backend = self._backend() if not encoder.wants_bytes else None
-        tile = np.frombuffer(raw, dtype=np.uint8) if backend is None else backend.load(raw, unit.dtype)
+        raw, backend, tile = self._read(unit, encoder, begin, end)
         if observing:
             learned, finite = encoder.observe(backend, tile)
             self._refuse_nonfinite(unit, finite, raw, begin)
@@ -182,8 +211,36 @@ class Pour:
         self._refuse_nonfinite(unit, encoded.finite, raw, begin)
         for output, payload in zip(work.streamed, encoded.payloads, strict=True):
             number, offset, _ = self.plan.placement[unit.output_name(output)]
-            self.session.files[number].write(offset + output.extent(begin, end)[0], _bytes_of(payload))
+            self.session.files[number].write(offset + output.extent(begin, end)[0], bytes_of(payload))
         return encoded
+
+    def _convert(self, units: list[Unit]) -> tuple[list[dict[str, Any]], int]:
+        """In a worker: convert units of one tile each. Returns their records and how many bytes were written."""
+        pieces = Pieces(self.plan, self.session.files)
+        records = [self._convert_whole(unit, pieces) for unit in units]
+        return records, pieces.write()
+
+    def _convert_whole(self, unit: Unit, pieces: Pieces) -> dict[str, Any]:
+        encoder = unit.format.encoder(unit.shape, unit.origin)
+        encoded = None
+        if unit.elements:
+            encoder.rounding = self.knowledge.converter(unit)
+            raw, backend, tile = self._read(unit, encoder, 0, unit.elements)
+            if encoder.passes == 2:
+                learned, finite = encoder.observe(backend, tile)
+                self._refuse_nonfinite(unit, finite, raw, 0)
+                encoder.absorb(learned)
+            encoded = encoder.encode(backend, tile)
+            self._refuse_nonfinite(unit, encoded.finite, raw, 0)
+        return finish_unit(unit, encoder, encoded, pieces)
+
+    def _read(self, unit: Unit, encoder: Encoder, begin: int, end: int) -> tuple[memoryview, Any, Any]:
+        """Elements [begin, end) of a unit: their bytes, and the backend and tile that its encoder is given."""
+        raw = unit.read(self.reader.tile, begin, end)
+        if encoder.wants_bytes:
+            return raw, None, np.frombuffer(raw, dtype=np.uint8)
+        backend = self._backend()
+        return raw, backend, backend.load(raw, unit.dtype)
 
     def _backend(self) -> Any:
         """This thread's backend: each has its own staging buffer and stream."""
@@ -219,8 +276,25 @@ class Pour:
         self._accept(self._in_flight.popleft())
         self._keep_durable()
 
-    def _accept(self, tile: Tile) -> None:
-        """Take what a finished tile has learned or written."""
+    def _accept(self, task: Tile | Batch) -> None:
+        """Take what a finished task has learned or written."""
+        if isinstance(task, Batch):
+            self._accept_batch(task)
+        else:
+            self._accept_tile(task)
+
+    def _accept_batch(self, batch: Batch) -> None:
+        records, written = batch.future.result()
+        self._unsynced += written
+        self.session.journal.append(*records)
+        for unit, record in zip(batch.units, records, strict=True):
+            self.observer.progress(unit, unit.source_bytes)
+            self._note_done(unit, record)
+        self.prefetcher.advance(batch.source_bytes)
+        self.peak = max(self.peak, anonymous_bytes())
+        self._publish_complete(batch.file)
+
+    def _accept_tile(self, tile: Tile) -> None:
         work, unit = tile.work, tile.work.unit
         result = tile.future.result()
         last = tile.end == unit.elements
@@ -246,7 +320,7 @@ class Pour:
     def _commit(self, tile: Tile, encoded: Encoded) -> None:
         work, unit = tile.work, tile.work.unit
         for hasher, payload in zip(work.hashers, encoded.payloads, strict=True):
-            hasher.update(_bytes_of(payload))
+            hasher.update(bytes_of(payload))
             self._unsynced += payload.nbytes
         work.encoder.commit(encoded)
         work.sums.add(encoded.sums.error, encoded.sums.weight)
@@ -259,10 +333,9 @@ class Pour:
                     "unit": unit.index,
                     "end": tile.end,
                     "state": work.encoder.state(),
-                    "sums": [work.sums.error, work.sums.weight],
-                    "output": [work.output.before, work.output.after, work.output.energy],
                     "digests": [hasher.hexdigest() for hasher in work.hashers],
                 }
+                | sums_record(work.sums, work.output)
             )
         self.peak = max(self.peak, anonymous_bytes())
         self.observer.progress(unit, unit.source_bytes_of(tile.begin, tile.end))
@@ -277,15 +350,18 @@ class Pour:
             data = final.get(output.suffix, output.constant)
             hasher = running.get(output.suffix) if data is None else self._write_whole(unit.output_name(output), data)
             hashes.append(hasher.hexdigest())
-        sums = [work.sums.error, work.sums.weight]
-        output = [work.output.before, work.output.after, work.output.energy]
-        record = {"unit": unit.index, "hashes": hashes, "sums": sums, "output": output}
+        record = {"unit": unit.index, "hashes": hashes} | sums_record(work.sums, work.output)
         self.session.journal.append(record)
+        self._note_done(unit, record)
+        self._publish_complete(self.plan.file_of(unit))
+
+    def _note_done(self, unit: Unit, record: dict[str, Any]) -> None:
+        """A unit is written and journalled."""
         self.session.done[unit.index] = record
-        self.observer.finished(layer_result(self.plan, unit, self.knowledge.origin(unit), record))
+        self.results[unit.index] = layer_result(self.plan, unit, self.knowledge.origin(unit), record)
+        self.observer.finished(self.results[unit.index])
         for tensor in unit.sources:
             self.reader.release(tensor)
-        self._publish_complete(unit)
 
     def _write_whole(self, name: str, data: bytes | Fill) -> xxhash.xxh3_64:
         number, offset, nbytes = self.plan.placement[name]
@@ -297,10 +373,9 @@ class Pour:
             hasher.update(part)
         return hasher
 
-    def _publish_complete(self, unit: Unit | None = None) -> None:
-        """Publish the files all of whose units are done: that of `unit`, or any."""
-        candidates = range(len(self.plan.files)) if unit is None else [self.plan.file_of(unit)]
-        for number in candidates:
+    def _publish_complete(self, only: int | None = None) -> None:
+        """Publish the files all of whose units are done: number `only`, or any."""
+        for number in range(len(self.plan.files)) if only is None else [only]:
             if number in self.session.published:
                 continue
             # Last first: the one still missing is found at once.
@@ -333,7 +408,3 @@ class Pour:
         for number, file in enumerate(self.session.files):
             if number not in self.session.published:
                 file.sync()
-
-
-def _bytes_of(payload: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(payload).reshape(-1).view(np.uint8))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streamquant.formats import Format
 from streamquant.plan import Plan, Unit
 
 # Of a layer whose inputs nothing is known of: with the scales that absmax gives, or with searched ones.
@@ -49,8 +51,13 @@ def layer_result(plan: Plan, unit: Unit, knowledge: str, record: dict[str, Any])
     return LayerResult(
         unit.key, unit.format.name, unit.rule, unit.reason, unit.source_bytes, plan.output_bytes(unit), relative,
         knowledge, math.sqrt(before / energy) if known else None, math.sqrt(after / energy) if known else None,
-        unit.format.parameters(), unit.decoded.format if unit.decoded else None,
+        _parameters(unit.format), unit.decoded.format if unit.decoded else None,
     )  # fmt: skip
+
+
+@functools.cache
+def _parameters(format: Format) -> dict[str, Any]:
+    return format.parameters()
 
 
 @dataclass

@@ -81,8 +81,7 @@ class Session:
         """The hex digits that go into file `number`'s header: one hash per tensor, in file order."""
         hashes = {}
         for unit in self.members[number]:
-            names = [unit.output_name(output) for output in unit.outputs]
-            hashes |= dict(zip(names, self.done[unit.index]["hashes"], strict=True))
+            hashes.update(zip(unit.output_names, self.done[unit.index]["hashes"], strict=True))
         return "".join(hashes[tensor.name] for tensor in self.plan.files[number].tensors).encode()
 
     def publish(self, number: int, replace: bool) -> bool:

@@ -22,7 +22,7 @@ from streamquant.pour import Pour
 from streamquant.prefetch import Prefetcher
 from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
 from streamquant.recipe import Recipe
-from streamquant.report import Report, layer_result
+from streamquant.report import LayerResult, Report, layer_result
 from streamquant.rounding.hadamard import unrotated_layers
 from streamquant.rounding.knowledge import LayerKnowledge
 from streamquant.session import open_session
@@ -71,7 +71,7 @@ def convert(
             outputs.append(destination.with_name(plan.index_name))
         if session is None:
             observer.note("The output is complete already: nothing to do.")
-            return _report(plan, knowledge, outputs, {}, time.monotonic() - started, True, anonymous_bytes())
+            return _report(plan, knowledge, outputs, {}, {}, time.monotonic() - started, True, anonymous_bytes())
         stop = stop or threading.Event()
         pour = Pour(plan, session, reader, prefetcher, options, device, tiles, knowledge, observer, stop)
         try:
@@ -85,7 +85,8 @@ def convert(
             session.abandon()
             raise
         session.finish()
-    return _report(plan, knowledge, outputs, session.done, time.monotonic() - started, session.resumed, pour.peak)
+    seconds = time.monotonic() - started
+    return _report(plan, knowledge, outputs, pour.results, session.done, seconds, session.resumed, pour.peak)
 
 
 def _learn(plan: Plan, reader: TileReader, options: Options) -> tuple[Plan, LayerKnowledge]:
@@ -134,10 +135,14 @@ def plan_tiles(plan: Plan, options: Options, device: str, knowledge: LayerKnowle
 
 
 def _report(
-    plan: Plan, knowledge: LayerKnowledge, outputs: list[Path], done: dict[int, dict[str, Any]], seconds: float,
-    resumed: bool, peak: int,
+    plan: Plan, knowledge: LayerKnowledge, outputs: list[Path], results: dict[int, LayerResult],
+    done: dict[int, dict[str, Any]], seconds: float, resumed: bool, peak: int,
 ) -> Report:  # fmt: skip
-    layers = [layer_result(plan, unit, knowledge.origin(unit), done.get(unit.index, {})) for unit in plan.units]
+    """results: of the units that this run did. done: the last journal record of these and of what it took over."""
+    layers = [
+        results.get(unit.index) or layer_result(plan, unit, knowledge.origin(unit), done.get(unit.index, {}))
+        for unit in plan.units
+    ]
     notes = (*plan.notes, *knowledge.notes())
     source_bytes = plan.checkpoint.size
     return Report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -95,6 +96,11 @@ class Unit:
         """The tensor name of one of the outputs."""
         return f"{self.layer}.{output.suffix}" if output.suffix else self.key
 
+    @functools.cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """The tensor names of all outputs."""
+        return tuple(map(self.output_name, self.outputs))
+
 
 def make_unit(
     index: int, tensor: SourceTensor, rules: Rules, unrotated: frozenset[str], stored: StoredLayer | None = None,
@@ -118,23 +124,27 @@ def make_unit(
     if stored is not None:
         _refuse_undecodable(stored)
     origin = (stored.origin or "BF16") if stored else info.dtype
-    marker = chosen.comfy_quant()
-    room = len(json.dumps(marker))
-    if layer in unrotated:
-        chosen = replace(chosen, convrot_group_size=0)
-        marker = chosen.comfy_quant()
+    asked, chosen = chosen, replace(chosen, convrot_group_size=0) if layer in unrotated else chosen
     is_listed = chosen.in_quantization_metadata()
-    outputs = list(chosen.outputs(shape, origin))
-    if marker and (is_listed or rules.recipe.comfy_quant):
-        outputs.append(json_output("comfy_quant", marker, room))
-    granularity = chosen.granularity(shape, origin)
+    outputs, granularity = _layer_layout(chosen, shape, origin, asked if is_listed or rules.recipe.comfy_quant else None)
     elements_, width = info.elements, info.nbytes // info.elements
     if stored is not None:
         elements_, width, granularity = stored.elements, 4, math.lcm(granularity, stored.layout.alignment)
     return Unit(
-        index, tensor, layer, chosen, tuple(outputs), origin, elements_, width, granularity, decision.rule, reason,
-        decision.choice, marker if is_listed else None, stored,
+        index, tensor, layer, chosen, outputs, origin, elements_, width, granularity, decision.rule, reason,
+        decision.choice, chosen.comfy_quant() if is_listed else None, stored,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)  # many layers have one shape
+def _layer_layout(
+    chosen: Format, shape: tuple[int, ...], dtype: str, asked: Format | None
+) -> tuple[tuple[Output, ...], int]:
+    """The outputs of a weight, and its granularity. asked: the format whose marker there must be room for, if any."""
+    outputs = list(chosen.outputs(shape, dtype))
+    if asked and (marker := chosen.comfy_quant()):
+        outputs.append(json_output("comfy_quant", marker, room=len(json.dumps(asked.comfy_quant()))))
+    return tuple(outputs), chosen.granularity(shape, dtype)
 
 
 def scale_unit(index: int, tensor: SourceTensor, owner: StoredLayer) -> Unit:
@@ -235,10 +245,10 @@ def _plain_unit(index: int, tensor: SourceTensor, rule: str, reason: str | None,
     info = tensor.info
     layer = info.name.removesuffix(".weight")
     if cast and info.dtype in FLOATS and info.dtype != cast and not _belongs_to_quantized(info.name):
-        outputs = (*Cast(cast).outputs(info.shape, info.dtype),)
+        outputs, _ = _layer_layout(Cast(cast), info.shape, info.dtype, None)
         width = info.nbytes // info.elements if info.elements else 1
         return Unit(index, tensor, layer, Cast(cast), outputs, info.dtype, info.elements, width, 1, rule, reason)
-    outputs = (*Copy().outputs(info.shape, info.dtype),)
+    outputs, _ = _layer_layout(Copy(), info.shape, info.dtype, None)
     return Unit(index, tensor, layer, Copy(), outputs, info.dtype, info.nbytes, 1, 1, rule, reason)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from streamquant.stored import Contents, Layout, Plain, ScaledCodes, read_conten
 from streamquant.stored.diagnosis import Case, diagnose
 from streamquant.stored.difference import Difference, measure
 from streamquant.stored.expectation import nearest_error
-from streamquant.stored.parallel import in_order
+from streamquant.stored.parallel import in_order, together
 from streamquant.verdict import Finding, LayerCheck, Unwatched, Verdict, Watcher
 
 # Times the error of rounding to nearest, from which a layer is a suspect. Learned rounding raises the error of the weights
@@ -40,6 +40,9 @@ CHUNK = 8 << 20  # bytes hashed or compared at a time
 TILES_TOGETHER = 16  # tiles of one piece of work
 EXAMINED = 4  # tiles that are encoded afresh for comparison, beside the worst
 SMALL = 1 << 20  # bytes up to which a tensor is hashed even in a quick look
+
+# How many bytes it goes through, and what does so: (kind of comparison, whom it is about, what it found, bytes done).
+_Job = tuple[int, Callable[[], tuple[str, Any, Any, int]]]
 
 
 def verify(
@@ -128,7 +131,8 @@ class _Check:
     def run(self, threads: int, stop: threading.Event | None) -> Iterator[tuple[Pair, int]]:
         """Hash and compare everything; yields (pair, source bytes done) as it goes on."""
         current: Pair | None = None
-        for kind, owner, result, nbytes in in_order(self._jobs(), threads, stop):
+        finished = in_order(together(self._jobs()), threads, stop)
+        for kind, owner, result, nbytes in chain.from_iterable(finished):
             if kind == "hash":
                 self._take_hash(owner, result)
                 continue
@@ -144,7 +148,7 @@ class _Check:
             for tensor in tensors:
                 reader.release(tensor)
 
-    def _jobs(self) -> Iterator[Callable[[], tuple[str, Any, Any, int]]]:
+    def _jobs(self) -> Iterator[_Job]:
         paired: set[str] = set()
         for pair in self.pairing.pairs:
             tensors = list(pair.output)
@@ -156,10 +160,10 @@ class _Check:
         rest = [tensor for name, tensor in self.after.checkpoint.tensors.items() if name not in paired]
         yield from self._hash_jobs(rest)
 
-    def _hash_jobs(self, tensors: list[SourceTensor]) -> Iterator[Callable[[], tuple[str, Any, Any, int]]]:
+    def _hash_jobs(self, tensors: list[SourceTensor]) -> Iterator[_Job]:
         for tensor in tensors:
             if tensor.name in self.hashes and (self.sample >= 1 or tensor.info.nbytes <= SMALL):
-                yield partial(self._hash, tensor)
+                yield tensor.info.nbytes, partial(self._hash, tensor)
 
     def _hash(self, tensor: SourceTensor) -> tuple[str, Any, Any, int]:
         hasher = xxhash.xxh3_64()
@@ -175,7 +179,7 @@ class _Check:
             text = "its bytes are not those that the conversion wrote: the file was damaged or changed afterwards"
             self.findings.append(Finding("hash", tensor.name, text))
 
-    def _compare_jobs(self, pair: Pair) -> Iterator[Callable[[], tuple[str, Any, Any, int]]]:
+    def _compare_jobs(self, pair: Pair) -> Iterator[_Job]:
         if pair.kind == "copy":
             ranges = [
                 (number, begin, min(begin + CHUNK, tensor.info.nbytes))
@@ -183,15 +187,16 @@ class _Check:
                 for begin in range(0, tensor.info.nbytes, CHUNK)
             ]
             for number, begin, end in _spread(ranges, self.sample):
-                yield partial(self._compare_bytes, pair, number, begin, end)
+                yield end - begin, partial(self._compare_bytes, pair, number, begin, end)
             return
         if self.sample < 1:
             chosen = _spread(list(tiles(pair.layout.shape)), self.sample)
         else:
             chosen = tiles(pair.layout.shape)
         chosen = iter(chosen)
-        while together := list(islice(chosen, TILES_TOGETHER)):
-            yield partial(self._compare_cast if pair.kind == "cast" else self._compare_weight, pair, together)
+        compare = self._compare_cast if pair.kind == "cast" else self._compare_weight
+        while ranges := list(islice(chosen, TILES_TOGETHER)):
+            yield _bytes_of(pair, ranges), partial(compare, pair, ranges)
 
     def _compare_bytes(self, pair: Pair, number: int, begin: int, end: int) -> tuple[str, Any, Any, int]:
         left = np.frombuffer(self.reader.tile(pair.source[number], begin, end), dtype=np.uint8)
@@ -235,7 +240,8 @@ class _Check:
                 what = f"{pair.source[0].info.dtype} to {pair.output[0].info.dtype}"
                 text = f"{unequal:,} of its values are not those of a cast from {what}"
                 self.findings.append(Finding("cast", pair.key, text))
-        for check in in_order((partial(self._judge, pair) for pair in weights), threads, stop):
+        judgements = ((pair.source_bytes, partial(self._judge, pair)) for pair in weights)
+        for check in chain.from_iterable(in_order(together(judgements), threads, stop)):
             checks.append(check)
             if check.cause:
                 self.findings.append(Finding("layer", check.key, check.cause))

@@ -302,7 +302,7 @@ class TileReader:
     def release(self, tensor: SourceTensor) -> None:
         """The tensor is done with: give its mapped pages back (they stay in the page cache)."""
         mapped = self._maps[tensor.file]
-        if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+        if mapped is None or tensor.info.nbytes < mmap.PAGESIZE or not hasattr(mmap, "MADV_DONTNEED"):
             return
         start = self.checkpoint.files[tensor.file].header.data_start + tensor.info.start
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

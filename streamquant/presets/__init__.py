@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from importlib import resources
 
+import regex
+
 from streamquant.errors import UsageError
 
 from .graph import Feed, TimeGraph, compiled, parse_feeds, parse_time
@@ -53,11 +55,23 @@ class Preset:
 
     def keeps(self, layer: str) -> str | None:
         """The expression by which `layer` (without prefix) stays as it is, or None."""
-        return next((pattern for pattern in self.keep if compiled(pattern).search(layer)), None)
+        return _first_found(self.keep, layer)
 
     def removes(self, key: str) -> str | None:
         """The expression by which the tensor `key` (without prefix) is left out, or None."""
-        return next((pattern for pattern in self.remove if compiled(pattern).search(key)), None)
+        return _first_found(self.remove, key)
+
+
+@functools.cache
+def _any_of(patterns: tuple[str, ...]) -> regex.Pattern:
+    return regex.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+
+def _first_found(patterns: tuple[str, ...], name: str) -> str | None:
+    """The first expression that is found in `name`, or None."""
+    if not patterns or not _any_of(patterns).search(name):
+        return None  # one search for all: most names are found by none
+    return next(pattern for pattern in patterns if compiled(pattern).search(name))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from functools import partial
 from typing import TypeVar
 
 from streamquant.errors import InterruptedRunError
@@ -31,6 +32,26 @@ def in_order(jobs: Iterable[Callable[[], T]], threads: int, stop: threading.Even
             yield _next(pending, stop)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def together(
+    jobs: Iterable[tuple[int, Callable[[], T]]], most_bytes: int = 256 << 10, most_jobs: int = 512
+) -> Iterator[Callable[[], list[T]]]:
+    """Jobs, each with the bytes it goes through, as fewer: small ones in a row become one, whose result is all of theirs."""
+    row: list[Callable[[], T]] = []
+    total = 0
+    for nbytes, job in jobs:
+        if row and (total + nbytes > most_bytes or len(row) == most_jobs):
+            yield partial(_in_a_row, row)
+            row, total = [], 0
+        row.append(job)
+        total += nbytes
+    if row:
+        yield partial(_in_a_row, row)
+
+
+def _in_a_row(jobs: list[Callable[[], T]]) -> list[T]:
+    return [job() for job in jobs]
 
 
 def _next(pending: deque, stop: threading.Event | None):
