@@ -12,6 +12,7 @@ import xxhash
 
 from streamquant import __version__, errors
 from streamquant.checkpoint.header import TensorInfo, build_header, layout, printable
+from streamquant.checkpoint.json_text import load_json
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, open_checkpoint
 from streamquant.formats import Format, Output
 from streamquant.formats.base import json_output
@@ -171,7 +172,7 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     groups = _shard_groups(units, shard_size)
     names = _file_names(name, len(groups))
     files, placement = [], {}
-    inherited = _listed_layers(checkpoint)
+    inherited = listed_layers(checkpoint)
     for number, (file_name, members) in enumerate(zip(names, groups, strict=True)):
         file = _plan_file(file_name, members, checkpoint, recipe, inherited)
         files.append(file)
@@ -384,15 +385,15 @@ def _quantization_layers(units: list[Unit], inherited: dict[str, Any]) -> dict[s
     return layers
 
 
-def _listed_layers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ComfyUI-quantized layers that the headers of the source list."""
+def listed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The ComfyUI-quantized layers that the headers list, of all files. Raises MetadataError when an entry is malformed."""
     layers: dict[str, Any] = {}
     for file in checkpoint.files:
         try:
-            listed = json.loads(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
-        except (ValueError, AttributeError, RecursionError):
+            listed = load_json(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
+        except (ValueError, AttributeError):
             listed = None
-        if not isinstance(listed, dict):
+        if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
             raise errors.MetadataError(
                 f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should "
                 f"be: mend or remove it."

@@ -9,11 +9,12 @@ from typing import Any
 
 from streamquant import errors, presets
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
+from streamquant.plan import listed_layers
 
 from . import recognise
 from .foreign import foreign_layers
 from .layouts import Layout, Plain, Read
-from .markers import Provenance, header_layers, json_tensor, provenance
+from .markers import Provenance, json_tensor, provenance
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 LEGACY_MARKER = "scaled_fp8"
@@ -118,7 +119,7 @@ def read_contents(source: Checkpoint | str) -> Contents:
 
 def _contents(checkpoint: Checkpoint, read: Read) -> Contents:
     groups = _group(checkpoint.tensors)
-    listed = header_layers(checkpoint)
+    listed = listed_layers(checkpoint)
     legacy = any(name.rsplit(".", 1)[-1] == LEGACY_MARKER for name in checkpoint.tensors) and not listed
     layers: dict[str, StoredLayer] = {}
     for name, beside in groups.items():
