@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.json_text import load_json
 from streamquant.checkpoint.reader import Checkpoint, open_checkpoint
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -78,8 +78,8 @@ def _totals(layers: dict[str, int], formats: dict[str, str]) -> list[str]:
 
 def _header_markers(checkpoint: Checkpoint) -> dict[str, dict]:
     try:
-        layers = json.loads(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-    except (ValueError, AttributeError, RecursionError):
+        layers = load_json(checkpoint.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+    except (ValueError, AttributeError):
         return {}  # a table of what is there; whoever loads the file complains
     return {layer: dict(marker) for layer, marker in layers.items() if isinstance(marker, dict)}
 
@@ -89,8 +89,8 @@ def _json(checkpoint: Checkpoint, key: str) -> dict:
     if math.prod(info.shape) > 1 << 16:
         return {}
     try:
-        value = json.loads(bytes(checkpoint.read(key).flatten().tolist()))
-    except (ValueError, TypeError, RecursionError):
+        value = load_json(bytes(checkpoint.read(key).flatten().tolist()))
+    except (ValueError, TypeError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.json_text import load_json
 from streamquant.checkpoint.reader import open_checkpoint
 from streamquant.errors import ShardMissingError
 
@@ -123,8 +124,8 @@ def _with_markers(
 def _header_layers(text: str, path: Path) -> dict[str, Any]:
     """The layers that a header's `_quantization_metadata` describes. Raises UnloadableError."""
     try:
-        layers = json.loads(text)["layers"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        layers = load_json(text)["layers"]
+    except (ValueError, KeyError, TypeError):
         layers = None
     if not isinstance(layers, dict):
         raise UnloadableError(f"{printable(path.name)}: its header's {HEADER_MARKERS} is malformed: convert the file again.")

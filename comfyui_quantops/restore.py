@@ -7,7 +7,7 @@ layer is checked here, from headers and small tensors alone: nothing large has b
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Container
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.json_text import MAX_MARKER_BYTES, load_json
 from streamquant.formats.bnb4 import BLOCK_SIZES
 
 from . import decode
@@ -39,10 +40,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def read_json(tensor: torch.Tensor, what: str) -> dict[str, Any]:
     """The JSON object in a uint8 tensor. Raises UnloadableError."""
-    try:
-        value = json.loads(bytes(tensor.flatten().tolist()))
-    except (ValueError, RecursionError):
-        value = None
+    value = None
+    if tensor.dtype == torch.uint8 and tensor.numel() <= MAX_MARKER_BYTES:
+        with contextlib.suppress(ValueError):
+            value = load_json(bytes(tensor.flatten().tolist()))
     if not isinstance(value, dict):
         raise UnloadableError(f"{printable(what)} is no JSON object: the file is damaged, download or convert it again.")
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+MAX_DIGITS = 18
 _NUMBER = re.compile(r"(?<![0-9A-Za-z_])\d+(?![0-9A-Za-z_])")
 
 
@@ -23,9 +24,18 @@ def fold_all(names: Iterable[str]) -> list[list[str]]:
 
 def spell(names: list[str]) -> str:
     """Names of one kind as one, with the ranges of their numbers: `double_blocks.0-7.img_attn.qkv`."""
-    numbers = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
-    ranges = iter([_ranges(sorted(set(column))) for column in numbers])
+    if len(names) == 1:
+        return names[0]
+    columns = zip(*(_NUMBER.findall(name) for name in names), strict=True)
+    ranges = iter([_spell_column(column) for column in columns])
     return _NUMBER.sub(lambda _: next(ranges), names[0])
+
+
+def _spell_column(numbers: tuple[str, ...]) -> str:
+    """The numbers at one place. One of more digits than any block has is a word: Python does not read thousands of digits."""
+    if max(map(len, numbers)) > MAX_DIGITS:
+        return numbers[0] if len(set(numbers)) == 1 else "*"
+    return _ranges(sorted(set(map(int, numbers))))
 
 
 def _ranges(numbers: list[int]) -> str:

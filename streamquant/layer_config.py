@@ -14,14 +14,15 @@ JSON: {"double_blocks\\.0\\.": {"format": "int8", "scaling_mode": "row"}, "final
 
 from __future__ import annotations
 
-import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import msgspec
 
+from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.json_text import load_json
 from streamquant.errors import LayerConfigError, UsageError
+from streamquant.patterns import SHOWN, Pattern
 from streamquant.recipe import KINDS, FormatChoice
 
 if sys.version_info >= (3, 11):
@@ -29,6 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_BYTES = 16 << 20
 # On-disk format names are accepted too: what `inspect` shows can be written back into a config.
 DISK_NAMES = {
     "float8_e4m3fn": ("fp8", "tensor"),
@@ -62,30 +64,30 @@ def read_layer_config(path: str | Path, rounding: str = "learned") -> tuple[tupl
     Raises LayerConfigError when the file cannot be read, is neither TOML nor JSON, or an entry is not understood.
     """
     path = Path(path)
+    shown = printable(str(path), 300)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayerConfigError(f"Cannot read the layer config {path}: {error}.") from None
+        with open(path, "rb") as file:  # perhaps a pipe: <(...) in a shell
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise LayerConfigError(f"Cannot read the layer config {shown}: it is not UTF-8 text.") from None
+    except (OSError, ValueError) as error:
+        raise LayerConfigError(f"Cannot read the layer config {shown}: {getattr(error, 'strerror', None) or error}.") from None
+    if len(raw) > MAX_BYTES:
+        raise LayerConfigError(f"The layer config {shown} is larger than {MAX_BYTES:,} bytes: it is something else.")
+    kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
     try:
-        table = json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        table = load_json(text) if kind == "JSON" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "TOML"
-        raise LayerConfigError(f"The layer config {path} is not valid {kind}: {error}.") from None
+        why = "it is nested too deep" if isinstance(error, RecursionError) else printable(str(error), 300)
+        raise LayerConfigError(f"The layer config {shown} is not valid {kind}: {why}.") from None
     if not isinstance(table, dict) or not table:
-        raise LayerConfigError(f"The layer config {path} must be a table from regular expression to format.")
-    return tuple((pattern, _choice(path, pattern, value, rounding)) for pattern, value in table.items())
+        raise LayerConfigError(f"The layer config {shown} must be a table from regular expression to format.")
+    return tuple((pattern, _choice(shown, pattern, value, rounding)) for pattern, value in table.items())
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object as a dict, which would silently keep the last of two entries; in TOML two are an error too."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it has {twice!r} twice")
-    return table
-
-
-def _choice(path: Path, pattern: str, value: object, rounding: str) -> FormatChoice:
+def _choice(path: str, pattern: str, value: object, rounding: str) -> FormatChoice:
+    Pattern(pattern, f"The layer config {path}, entry '{printable(pattern, SHOWN)}',")  # complains if it is none
     try:
         entry = msgspec.convert({"format": value} if isinstance(value, str) else value, Entry)
         kind, mode = DISK_NAMES.get(entry.format, (entry.format, None))
@@ -103,4 +105,5 @@ def _choice(path: Path, pattern: str, value: object, rounding: str) -> FormatCho
             entry.convrot_group_size,
         )
     except (msgspec.ValidationError, UsageError) as error:
-        raise LayerConfigError(f"The layer config {path}, entry {pattern!r}: {str(error).rstrip('.')}.") from None
+        why = printable(str(error).rstrip("."), 600)
+        raise LayerConfigError(f"The layer config {path}, entry '{printable(pattern)}': {why}.") from None

@@ -21,7 +21,7 @@ from streamquant.presets import Preset
 from streamquant.recipe import Recipe, Rules
 from streamquant.stored import Contents, StoredLayer, read_contents
 from streamquant.stored.contents import is_legacy_marker
-from streamquant.stored.markers import header_layers
+from streamquant.stored.markers import listed_layers
 from streamquant.unit import QUANTIZED, Unit, make_unit, marked_anew, scale_unit
 
 
@@ -137,7 +137,7 @@ def _make_units(
     checkpoint: Checkpoint, contents: Contents | None, rules: Rules, unrotated: frozenset[str]
 ) -> tuple[list[Unit], dict[str, str]]:
     """What becomes of every tensor, in order, and which are left out, with the reason."""
-    listed = header_layers(checkpoint)
+    listed = listed_layers(checkpoint)
     layers = contents.layers if contents else {}
     owners = {tensor.name: layer for layer in layers.values() for tensor in layer.tensors.values()}
     legacy = {} if listed else {name: tensor for name, tensor in checkpoint.tensors.items() if is_legacy_marker(name)}

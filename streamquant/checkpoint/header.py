@@ -23,6 +23,7 @@ from functools import partial
 from operator import attrgetter
 
 from streamquant import errors
+from streamquant.checkpoint.json_text import bracket_bomb
 
 MAX_HEADER_LENGTH = 100_000_000
 
@@ -205,6 +206,8 @@ def _load_json(raw: bytes) -> dict[str, object]:
         raise errors.HeaderNotUtf8Error(f"byte {error.start:,} of the header is not UTF-8") from None
     if not text.startswith("{"):
         raise errors.HeaderStartError(f'the header starts with "{printable(text[:1])}" instead of "{{"')
+    if bracket_bomb(text):
+        raise errors.TensorEntryError("the header holds hardly anything but brackets, and no tensors")
     decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer, parse_constant=int)
     try:
         document, end = decoder.raw_decode(text)

@@ -30,6 +30,7 @@ import xxhash
 from streamquant import errors
 from streamquant.checkpoint.calls import UNSUPPORTED, close, close_read, remove, writing
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.json_text import load_json
 
 VERSION = 1
 _DIGEST = 16
@@ -135,7 +136,10 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     text = line[_DIGEST + 1 : -1]
     if xxhash.xxh3_64_hexdigest(text).encode() != line[:_DIGEST]:
         return None
-    record = json.loads(text)
+    try:
+        record = load_json(text)
+    except ValueError:
+        return None
     return record if isinstance(record, dict) else None
 
 
@@ -145,16 +149,17 @@ def read_records(path: Path) -> Records:
     try:
         with open(path, "rb") as file:
             first = _decode(file.readline())
-            if first is None or first.get("journal") != VERSION:
+            fingerprint = first.get("fingerprint") if first else None
+            if not isinstance(fingerprint, dict) or first.get("journal") != VERSION:
                 raise errors.ResumeError(
                     f"The journal {printable(str(path), 300)} is damaged or of another version: delete it and its .partial "
                     f"file, and convert from the start."
                 )
-            records = Records(first["fingerprint"], lines=1, nbytes=file.tell())
+            records = Records(fingerprint, lines=1, nbytes=file.tell())
             history: dict[int, int] = {}
             for line in file:
                 record = _decode(line)
-                if record is None:
+                if record is None or not _is_well_formed(record):
                     break
                 _take(record, records, history)
                 records.lines += 1
@@ -165,6 +170,12 @@ def read_records(path: Path) -> Records:
         where = printable(str(path), 300)
         raise errors.DestinationWriteError(f"Reading {where} failed: {error.strerror}; mend the cause and --resume.") from None
     return records
+
+
+def _is_well_formed(record: dict[str, Any]) -> bool:
+    """Whether the numbers in a record are numbers; what a unit's record claims is checked when it is used."""
+    numbers = [record[key] for key in ("unit", "durable", "published") if key in record]
+    return all(type(number) is int for number in numbers) and ("learned" not in record or "unit" in record)
 
 
 def _take(record: dict[str, Any], records: Records, history: dict[int, int]) -> None:

@@ -5,7 +5,6 @@ Opening reads headers only. Data comes through a `TileReader`, memory-mapped or 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import stat
@@ -19,6 +18,7 @@ import numpy as np
 
 from streamquant import errors
 from streamquant.checkpoint.header import Header, TensorInfo, printable, read_header
+from streamquant.checkpoint.json_text import load_json
 from streamquant.checkpoint.positioned import read_at
 
 if TYPE_CHECKING:
@@ -185,14 +185,17 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     """Shard paths -> the tensors the index lists in them, in order of shard name."""
     where = printable(str(path), 300)
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a named pipe would wait for ever, a device never end
+            raise errors.SourceReadError(f"{where}: this is not a regular file; give the path of a shard index.")
+        if found.st_size > MAX_INDEX_BYTES:
             raise errors.IndexFileError(f"The index {where} is larger than {MAX_INDEX_BYTES:,} bytes: it is damaged.")
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_pairs)
+        document = load_json(path.read_bytes())
         weight_map = document.get("weight_map") if isinstance(document, dict) else None
         well_formed = isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())
     except OSError as error:
         raise errors.SourceReadError(f"Cannot read the index {where}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise errors.IndexFileError(f"The index {where} is malformed ({printable(str(error))}): download it again.") from None
     if not well_formed:
         raise errors.IndexFileError(f"The index {where} needs a weight_map from tensor names to shard files.")
@@ -202,25 +205,50 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     return {_shard_path(path, name): shards[name] for name in sorted(shards)}
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
-    return result
-
-
 def _shard_path(index: Path, name: str) -> Path:
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name:
-        raise errors.ShardOutsideFolderError(
-            f"The index {printable(str(index), 300)} names the shard {printable(name)!r}, which is outside its own folder."
-        )
+    """The file of that name beside the index. It is data from a download: it must name a file in the index's own folder, on
+    any system, and a link there must not lead out of it.
+    """
+    where = f"The index {printable(str(index), 300)} names the shard '{printable(name)}'"
+    if not _stays_inside(name):
+        raise errors.ShardOutsideFolderError(f"{where}, which is outside its own folder: do not trust it, download it again.")
     path = index.parent / name
-    if not path.is_file():
-        raise errors.ShardMissingError(
-            f"The shard {printable(name)!r} named by {printable(str(index), 300)} is not there: download it."
+    try:
+        found = path.stat()
+        real = path.resolve(strict=True)
+        homes = _homes(index)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no filesystem takes
+        raise errors.ShardMissingError(f"{where}, which is not there: download it.") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise errors.SourceReadError(f"{where}, which cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise errors.ShardMissingError(f"{where}, which is no regular file: download it.")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise errors.ShardOutsideFolderError(
+            f"{where}, which is a link out of its own folder, to {printable(str(real), 300)}: put the file itself there."
         )
     return path
+
+
+def _homes(index: Path) -> list[Path]:
+    """Folders in which the shards of an index may really lie: its own; the one where it lies itself, if it is a link; and of a
+    Hugging Face cache, whose snapshots/ are links into the blobs/ beside them, those."""
+    folder = index.parent.resolve()
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    return [folder, index.resolve().parent, *blobs]
+
+
+# Names that Windows takes for devices, with any ending.
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789¹²³")}
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a shard's name, taken on any system, names something below its folder. Windows drops dots and spaces at the end
+    of a part, so that ".. " is the folder above."""
+    if not name or name.startswith("/") or any(character in name for character in '\\:\0'):
+        return False
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not any(part != part.rstrip(". ") or part.split(".")[0].upper() in _DEVICES for part in parts)
 
 
 def _check_shard(index: Path, shard: Path, header: Header, listed: set[str]) -> None:

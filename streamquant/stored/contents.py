@@ -13,7 +13,7 @@ from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, 
 from . import recognise
 from .foreign import foreign_layers
 from .layouts import Layout, Plain, Read
-from .markers import Provenance, header_layers, json_tensor, provenance
+from .markers import Provenance, json_tensor, listed_layers, provenance
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 LEGACY_MARKER = "scaled_fp8"
@@ -118,7 +118,7 @@ def read_contents(source: Checkpoint | str) -> Contents:
 
 def _contents(checkpoint: Checkpoint, read: Read) -> Contents:
     groups = _group(checkpoint.tensors)
-    listed = header_layers(checkpoint)
+    listed = listed_layers(checkpoint)
     legacy = any(map(is_legacy_marker, checkpoint.tensors)) and not listed
     layers: dict[str, StoredLayer] = {}
     for name, beside in groups.items():

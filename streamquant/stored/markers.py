@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from streamquant import errors
 from streamquant.checkpoint.header import Header, printable
+from streamquant.checkpoint.json_text import MAX_MARKER_BYTES, load_json
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor
 from streamquant.output_file import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KEY
 
 from .layouts import Read
-
-MAX_MARKER_BYTES = 1 << 16  # a marker is a few hundred bytes; one of megabytes is not a marker
 
 
 def json_tensor(read: Read, tensor: SourceTensor) -> dict[str, Any]:
     """The JSON object in a U8 tensor, perhaps padded with spaces. Raises MetadataError when there is none."""
     if tensor.info.dtype == "U8" and tensor.info.nbytes <= MAX_MARKER_BYTES:
         try:
-            document = json.loads(bytes(read(tensor, 0, tensor.info.nbytes)).decode("utf-8"))
-        except (ValueError, RecursionError):
+            document = load_json(bytes(read(tensor, 0, tensor.info.nbytes)))
+        except ValueError:
             document = None
         if isinstance(document, dict):
             return document
@@ -31,17 +29,18 @@ def json_tensor(read: Read, tensor: SourceTensor) -> dict[str, Any]:
     )
 
 
-def header_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The layers that `_quantization_metadata` lists, of all files. Raises MetadataError when it is malformed."""
+def listed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The ComfyUI-quantized layers that the headers list, of all files. Raises MetadataError when an entry is malformed."""
     layers: dict[str, Any] = {}
     for file in checkpoint.files:
         try:
-            listed = json.loads(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
-        except (ValueError, AttributeError, RecursionError):
+            listed = load_json(file.header.metadata.get(QUANTIZATION_KEY, "{}")).get("layers", {})
+        except (ValueError, AttributeError):
             listed = None
         if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
             raise errors.MetadataError(
-                f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should be."
+                f"{printable(str(file.path), 300)}: its {QUANTIZATION_KEY} entry is not the JSON object of layers it should "
+                f"be: mend or remove it."
             )
         layers |= listed
     return layers
@@ -64,8 +63,8 @@ def provenance(header: Header, where: str) -> Provenance | None:
     if text is None:
         return None
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
+        entry = load_json(text)
+    except ValueError:
         entry = None
     if not isinstance(entry, dict):
         raise errors.MetadataError(f"{printable(where, 300)}: its {PROVENANCE_KEY} entry is not a JSON object.")
