@@ -204,11 +204,10 @@ def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: i
 @main.command()
 @click.option("--models", default="minilm,flux,synthetic", show_default=True)
 @click.option("--formats", help="By commas; default: all.")
-@click.option("--methods", help="By commas; default: all. Nearest is always measured.")
+@click.option("--methods", help="By commas; default: all; \"\": none. With any, nearest is measured too.")
 @click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
-@click.option("--peer", is_flag=True, help="Also convert-to-quant, both ways (minutes a cell).")
-@click.option("--pictures", is_flag=True, help="Measure nothing: draw docs/rounding/, and write its tables.")
+@click.option("--against", default="none", show_default=True, help="Also other tools: their names by commas, all, or none.")
 @_workdir
 def quality(
     models: str,
@@ -216,8 +215,7 @@ def quality(
     methods: str | None,
     scored_on: str,
     weights: Path | None,
-    peer: bool,
-    pictures: bool,
+    against: str,
     workdir: Path,
 ) -> None:
     """Measure what each way of rounding costs at the outputs of real models.
@@ -225,30 +223,22 @@ def quality(
     Results of the final set are recorded; those of the set to develop on are only shown.
     """
     from benchmarks import quality as harness
-    from benchmarks import quality_methods, quality_results
+    from benchmarks import quality_methods, quality_rivals, results
     from benchmarks.train_tiny import WEIGHTS
 
-    if pictures:
-        from benchmarks import quality_tables
-        from benchmarks.quality_pictures import draw
-
-        rows = quality_results.read()
-        quality_tables.write(rows)
-        draw(rows, workdir, Console())
-        return
     try:
         settings = harness.Settings(
-            models=models.split(","),
-            formats=formats.split(",") if formats else list(quality_methods.FORMATS),
-            methods=methods.split(",") if methods else list(quality_methods.METHODS),
+            models=_listed(models),
+            formats=list(quality_methods.FORMATS) if formats is None else _listed(formats),
+            methods=list(quality_methods.METHODS) if methods is None else _listed(methods),
             scored_on=scored_on,
             workdir=workdir,
             weights=weights or WEIGHTS,
-            peer=peer,
+            against=quality_rivals.NAMES if against == "all" else [] if against == "none" else _listed(against),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    harness.run(settings, Console(), quality_results.append if scored_on == "final" else lambda rows: None)
+    harness.run(settings, Console(), results.append if scored_on == "final" else lambda rows: None)
 
 
 @main.command()
@@ -259,6 +249,10 @@ def show(benchmark: str, last: int) -> None:
     from benchmarks import results
 
     Console().print(results.table(results.read(benchmark)[-last:], benchmark))
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _cases(names: str) -> list[Case]:

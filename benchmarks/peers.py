@@ -1,6 +1,7 @@
-"""Other converters, each in a virtual environment of its own made on first use.
+"""Other tools, each in a virtual environment of its own made on first use.
 
-Their requirements are pinned here, with those their packages forget to declare. pip's own settings apply: with
+Their requirements are pinned here, with those their packages forget to declare. torch is installed first and alone, so that
+the build of it does not depend on whose it is. pip's own settings apply: with
 `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` it takes the small build of torch without CUDA.
 """
 
@@ -16,30 +17,33 @@ from benchmarks.machine import REPOSITORY
 from benchmarks.race import Contender
 
 CONSTRAINTS = REPOSITORY / "constraints.txt"
+TORCH = "torch==2.13.0"
 
 
 class PeerError(Exception):
-    """A peer cannot take part: not installable, or without the format in question."""
+    """A peer cannot take part: not installable, without the format in question, or failing at it."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another converter: what to install, and how it is called."""
+    """Another tool: what to install besides torch, and what in its environment is run."""
 
     name: str
     requirements: tuple[str, ...]
-    program: str
+    program: str = "python"
 
     def install(self, workdir: Path) -> Path:
         """Return the peer's program, installed below `workdir` unless the same requirements already are."""
         environment = workdir / "peers" / self.name.replace(" ", "-")
         stamp = environment / "installed.txt"
-        wanted = "\n".join(self.requirements)
+        wanted = "\n".join((TORCH, *self.requirements))
         if not stamp.exists() or stamp.read_text() != wanted:
             python = environment / "bin" / "python"
             constraints = ["-c", str(CONSTRAINTS)] if CONSTRAINTS.exists() else []
+            install = [str(python), "-m", "pip", "install", "--quiet", *constraints, TORCH]
             _run([sys.executable, "-m", "venv", "--clear", str(environment)])
-            _run([str(python), "-m", "pip", "install", "--quiet", *constraints, *self.requirements])
+            _run(install)
+            _run([*install, *self.requirements])
             stamp.write_text(wanted)
         return environment / "bin" / self.program
 
@@ -58,8 +62,8 @@ class Peer:
 
 CONVERT_TO_QUANT = Peer(
     name="convert-to-quant 1.3.4",
-    # torch, safetensors, tqdm, scipy and triton are imported but not declared.
-    requirements=("convert-to-quant==1.3.4", "torch==2.13.0", "safetensors", "tqdm", "scipy", "triton"),
+    # safetensors, tqdm, scipy and triton are imported but not declared.
+    requirements=("convert-to-quant==1.3.4", "safetensors", "tqdm", "scipy", "triton"),
     program="convert_to_quant",
 )
 

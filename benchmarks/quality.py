@@ -6,8 +6,9 @@ calibrated nothing. Nearest rounding with plain absmax is measured in every form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -16,18 +17,17 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import quality_methods as methods
-from benchmarks import quality_peer, quality_results
-from benchmarks.peers import PeerError
+from benchmarks import quality_results, results
 from benchmarks.quality_layers import Measured, geometric_mean, one_thread
-from benchmarks.quality_results import Score
-from benchmarks.race import shout
+from benchmarks.results import Result
 from benchmarks.train_tiny import WEIGHTS
 
 MODELS = ("minilm", "flux", "synthetic")
 SETS = ("develop", "final")
 # Whose ratios are kept layer by layer too.
-LAYER_METHODS = ("scales", "sketch", "dense-sweeps", "peer-learned")
+LAYER_METHODS = ("scales", "sketch", "dense-sweeps")
 IN_DECIBEL = ("PSNR",)
+AS_IT_COMES = "no-data"
 
 
 class Study(Protocol):
@@ -47,7 +47,10 @@ class Study(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. formats, methods, models: names. scored_on: "develop", to look at often, or "final"."""
+    """What to measure. formats, methods, models: names. scored_on: "develop", to look at often, or "final".
+
+    against: other tools, by name; each is measured in its own formats, whatever `formats` and `methods` say.
+    """
 
     models: Sequence[str]
     formats: Sequence[str]
@@ -55,10 +58,13 @@ class Settings:
     scored_on: str
     workdir: Path
     weights: Path = WEIGHTS
-    peer: bool = False
+    against: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        from benchmarks.quality_rivals import NAMES
+
         for what, names, legal in (
+            ("tool", self.against, NAMES),
             ("model", self.models, MODELS),
             ("format", self.formats, tuple(methods.FORMATS)),
             ("method", self.methods, tuple(methods.METHODS)),
@@ -68,21 +74,47 @@ class Settings:
 
 
 def run(
-    settings: Settings, console: Console, record: Callable[[Sequence[Score]], None] = quality_results.append
-) -> list[Score]:
+    settings: Settings, console: Console, record: Callable[[Sequence[Result]], None] = results.append
+) -> list[Result]:
     """Measure every cell; record and return the rows."""
+    from benchmarks import quality_rivals
+
     folder = settings.workdir / "quality"
     folder.mkdir(parents=True, exist_ok=True)
-    rows, time = [], quality_results.now()
+    rows, time = [], results.now()
+
+    def keep(scores: list[Result]) -> None:
+        record(scores)
+        rows.extend(scores)
+
     with one_thread():
         for model in settings.models:
             study = open_study(model, settings, folder)
-            for format in settings.formats:
-                scores = list(measure_format(study, format, settings, folder, time, console))
-                record(scores)
-                rows += scores
-            console.print(table([row for row in rows if row.model == study.name], study.name))
+            if settings.methods:
+                for format in settings.formats:
+                    keep(list(measure_format(study, format, settings, folder, time, console)))
+                console.print(table([row for row in rows if row.source == study.name], study.name))
+            reference = as_it_comes(study, folder)
+            for scores in quality_rivals.measure(
+                study, settings.against, reference, folder, settings.workdir, time, console
+            ):
+                keep(scores)
     return rows
+
+
+def as_it_comes(study: Study, folder: Path) -> Callable[[str], tuple[Measured, methods.Quantized]]:
+    """What the product makes of the model in a format, asked for nothing: a function that measures each format once."""
+
+    @cache
+    def measured(format: str) -> tuple[Measured, methods.Quantized]:
+        destination = folder / f"{format}-as-it-comes.safetensors"
+        try:
+            quantized = methods.quantize(study.source, destination, format, AS_IT_COMES, study.calibrations)
+        finally:
+            destination.unlink(missing_ok=True)
+        return study.measure(quantized.weights), quantized
+
+    return measured
 
 
 def open_study(model: str, settings: Settings, folder: Path) -> Study:
@@ -101,70 +133,89 @@ def open_study(model: str, settings: Settings, folder: Path) -> Study:
     return SyntheticStudy(settings.scored_on, folder)
 
 
-def measure_format(study: Study, format: str, settings: Settings, folder: Path, time: str, console: Console):
+def measure_format(
+    study: Study, format: str, settings: Settings, folder: Path, time: str, console: Console
+) -> Iterator[Result]:
     """Yield the rows of every method in one format, nearest first."""
     wanted = [name for name in settings.methods if name != methods.NEAREST and study.applies(name)]
-    if settings.peer:
-        wanted += quality_peer.METHODS
     nearest: Measured | None = None
-    layers: list[str] = []
     for method in [methods.NEAREST, *wanted]:
         destination = folder / f"{format}-{method}.safetensors"
         try:
-            if method in quality_peer.METHODS:
-                quantized = quality_peer.quantize(study.source, destination, format, method, layers, settings.workdir)
-            else:
-                quantized = methods.quantize(study.source, destination, format, method, study.calibrations)
-        except PeerError as error:
-            shout(console, f"{method} DOES NOT TAKE PART in {format}: {error}")
-            continue
+            quantized = methods.quantize(study.source, destination, format, method, study.calibrations)
         finally:
             destination.unlink(missing_ok=True)
         measured = study.measure(quantized.weights)
-        nearest, layers = nearest or measured, quantized.layers
-        scores = list(_scores(study, format, method, measured, nearest, quantized, time))
-        console.print(_line(scores), highlight=False, soft_wrap=True)
+        nearest = nearest or measured
+        name, other = quality_results.contender(method), quality_results.contender(methods.NEAREST)
+        cell = Cell(time, study.name, format, name, quantized, method in LAYER_METHODS)
+        scores = list(cell.scores(measured, nearest, other))
+        console.print(line(scores), highlight=False, soft_wrap=True)
         yield from scores
 
 
-def _scores(
-    study: Study, format: str, method: str, measured: Measured, nearest: Measured, quantized: methods.Quantized, time: str
-):
-    def row(metric: str, value: float, **more: object) -> Score:
-        sizes = {"bytes": quantized.bytes, "seconds": quantized.seconds}
-        return quality_results.score(time, study.name, study.scored_on, format, method, metric, value, **sizes, **more)
+@dataclass(frozen=True)
+class Cell:
+    """One contender in one format on one model. by_layer: keep ratios layer by layer too."""
 
-    for (metric, detail), value in measured.whole.items():
-        other = nearest.whole[metric, detail]
-        yield row(metric, value, detail=detail, ratio=value - other if metric in IN_DECIBEL else value / other)
-    ratios = {layer: value / nearest.layers[layer] for layer, value in measured.layers.items()}
-    mean = geometric_mean(measured.layers.values())
-    yield row("layer output error", mean, ratio=geometric_mean(ratios.values()))
-    worst = max(ratios, key=ratios.__getitem__)
-    yield row("worst layer", ratios[worst], detail=worst, ratio=ratios[worst])
-    if method in LAYER_METHODS:
-        for layer, value in measured.layers.items():
-            yield row("layer output error", value, detail=layer, ratio=ratios[layer])
+    time: str
+    model: str
+    format: str
+    contender: str
+    quantized: methods.Quantized
+    by_layer: bool = False
+    note: str = ""
+
+    def scores(self, measured: Measured, other: Measured | None, other_name: str) -> Iterator[Result]:
+        """The rows of what was measured, with ratios to what `other_name` costs, None if there is nothing to compare with."""
+        other = other or Measured()
+
+        def row(metric: str, value: float, detail: str = "", ratio: float | None = None) -> Result:
+            return quality_results.score(
+                self.time, self.model, self.format, self.contender, metric, value, detail=detail, ratio=ratio,
+                ratio_to=other_name, size_bytes=self.quantized.size_bytes, output_bytes=self.quantized.bytes, note=self.note,
+            )  # fmt: skip
+
+        yield row(results.SECONDS, self.quantized.seconds)
+        for (metric, detail), value in measured.whole.items():
+            whole = other.whole.get((metric, detail))
+            ratio = None if whole is None else value - whole if metric in IN_DECIBEL else value / whole
+            yield row(metric, value, detail, ratio)
+        ratios = {layer: value / other.layers[layer] for layer, value in measured.layers.items() if layer in other.layers}
+        mean = geometric_mean(measured.layers.values())
+        yield row("layer output error", mean, ratio=geometric_mean(ratios.values()) if ratios else None)
+        if ratios:
+            worst = max(ratios, key=ratios.__getitem__)
+            yield row("worst layer", ratios[worst], worst, ratios[worst])
+        if self.by_layer:
+            for layer, value in measured.layers.items():
+                yield row("layer output error", value, layer, ratios.get(layer))
 
 
-def _line(scores: Sequence[Score]) -> str:
+def line(scores: Sequence[Result]) -> str:
+    """One line for the screen: what a cell took and cost, as a whole."""
     first = scores[0]
-    whole = [row for row in scores if not row.detail or row.metric == "worst layer"]
-    parts = [f"{row.metric} {row.value:.4g} ({row.ratio:+.3f})" for row in whole if row.metric in IN_DECIBEL]
-    parts += [f"{row.metric} {row.value:.4g} (x {row.ratio:.3f})" for row in whole if row.metric not in IN_DECIBEL]
-    return f"{first.format} {first.method}, {first.seconds:.1f} s: {'; '.join(parts)}"
-
-
-def table(rows: Sequence[Score], title: str = "") -> Table:
-    """Return ratios to nearest, a line per method, a column per format: outputs of the model / of its layers / worst layer."""
-    formats = list(dict.fromkeys(row.format for row in rows))
-    cells: dict[str, dict[str, list[str]]] = {}
-    for row in rows:
-        if row.metric in IN_DECIBEL or (row.detail and row.metric != "worst layer") or row.ratio is None:
+    parts = []
+    for row in scores[1:]:
+        if row.p50 is None or (row.detail and row.metric != "worst layer"):
             continue
-        cells.setdefault(row.method, {}).setdefault(row.format, []).append(f"{row.ratio:.2f}")
-    metrics = list(dict.fromkeys(row.metric for row in rows if row.metric not in IN_DECIBEL))
+        by = f" ({row.ratio:+.3f})" if row.metric in IN_DECIBEL else f" (x {row.ratio:.3f})"
+        parts.append(f"{row.metric} {row.p50:.4g}{by if row.ratio is not None else ''}")
+    return f"{first.case} {first.contender}, {first.p50 or 0:.1f} s: {'; '.join(parts)}"
+
+
+def table(rows: Sequence[Result], title: str = "") -> Table:
+    """Return ratios to nearest, a line per method, a column per format: outputs of the model / of its layers / worst layer."""
+    formats = list(dict.fromkeys(row.case for row in rows))
+    shown = [row for row in rows if row.metric not in (*IN_DECIBEL, results.SECONDS)]
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in shown:
+        if (row.detail and row.metric != "worst layer") or row.ratio is None:
+            continue
+        cells.setdefault(row.contender, {}).setdefault(row.case, []).append(f"{row.ratio:.2f}")
+    metrics = list(dict.fromkeys(row.metric for row in shown))
     grid = Table("", *formats, title=f"{title}: {' / '.join(metrics)}, ratio to nearest", box=None)
-    for method, by_format in cells.items():
-        grid.add_row(methods.METHOD_TITLES[method], *(" / ".join(by_format.get(format, ["-"])) for format in formats))
+    for contender, by_format in cells.items():
+        name = methods.METHOD_TITLES.get(contender.removeprefix(f"{quality_results.OURS} "), contender)
+        grid.add_row(name, *(" / ".join(by_format.get(format, ["-"])) for format in formats))
     return grid

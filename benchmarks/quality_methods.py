@@ -19,11 +19,13 @@ from streamquant.transcode import Options
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fp8-tensor": dict(kind="fp8", scaling_mode="tensor"),
+    "fp8-row": dict(kind="fp8", scaling_mode="row"),
     "fp8-block64": dict(kind="fp8", scaling_mode="block", block_size=64),
     "int8-row": dict(kind="int8", scaling_mode="row", convrot=False),
     "int8-row-convrot": dict(kind="int8", scaling_mode="row", convrot=True),
     "int8-block128": dict(kind="int8", scaling_mode="block", block_size=128),
     "nf4": dict(kind="nf4"),
+    "nf4-double": dict(kind="nf4", double_quant=True),
     "fp4": dict(kind="fp4"),
 }
 NEAREST = "rtn"
@@ -68,19 +70,24 @@ METHOD_TITLES = {
     "sketch-sweeps": "calibrated, 2 sweeps",
     "dense": "dense (C+)",
     "dense-sweeps": "dense, 2 sweeps (C++)",
-    "peer-simple": "convert-to-quant, simple",
-    "peer-learned": "convert-to-quant, learned",
 }
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Weights float32 by source key, everything the source held. layers: keys of the quantized ones."""
+    """Weights float32 by source key, everything the source held. layers: keys of the quantized ones.
+
+    bytes: of those layers on disk, scales included; size_bytes: of their weights in BF16.
+    """
 
     weights: dict[str, torch.Tensor]
     layers: list[str]
     bytes: int
     seconds: float
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(2 * self.weights[key].numel() for key in self.layers)
 
 
 def quantize(source: Path, destination: Path, format: str, method: str, calibrations: dict[str, Path]) -> Quantized:

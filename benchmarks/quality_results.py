@@ -1,53 +1,21 @@
-"""The table of what quantization costs in quality: a CSV file beside the other results, rows only ever added.
+"""What quantization costs in quality, as rows of the common table (`benchmarks.results`).
 
-A row is one number about one model in one format rounded by one method. Everything of one run has the same `time`;
-ratios are to rounding to nearest with plain absmax in the same format, same run, same bytes.
+A row is one number about one model in one format rounded by one contender: `source` is the model, `case` the format, `p50` the
+number, `output_bytes` what the quantized layers take on disk, scales included, and `size_bytes` what they take in BF16. All are
+of the set of inputs kept for the end, which neither calibrated nor decided anything. Everything of one run has the same
+`time`; ratios are to rounding to nearest with plain absmax in the same format, same run, same bytes, and of PSNR they are
+differences. How long each conversion took is a row of its own, in seconds.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import get_args, get_type_hints
+from collections.abc import Sequence
 
-from benchmarks import machine
-from benchmarks.results import FOLDER, SchemaError
+from benchmarks import machine, results
+from benchmarks.results import Result
 
-PATH = FOLDER / "quality.csv"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row. What is not known is None and an empty cell.
-
-    model: what was quantized. scored_on: the set of inputs the number comes from, none of which calibrated anything.
-    metric: see `METRICS`. detail: the layer or the time a number is about, empty for the whole. ratio: to "rtn".
-    bytes: of the quantized layers on disk, scales included. seconds: that the conversion took.
-    """
-
-    time: str
-    model: str
-    scored_on: str
-    format: str
-    method: str
-    metric: str
-    detail: str
-    value: float
-    ratio: float | None
-    bytes: int | None
-    seconds: float | None
-    device: str
-    cpu: str
-    cores: int
-    python: str
-    torch: str
-    streamquant: str
-    commit: str
-
-
+BENCHMARK = "quality"
+OURS = "streamquant"
 METRICS = {
     "layer output error": "‖X(Q - W)ᵀ‖ / ‖XWᵀ‖ of one layer; without detail, the geometric mean over all layers",
     "worst layer": "the largest ratio of a layer's output error to nearest's; detail names the layer",
@@ -55,70 +23,41 @@ METRICS = {
     "velocity error": "‖v_q - v‖ / ‖v‖ on the unquantized model's own paths; detail is the time t, without it all times",
     "final latent error": "‖z_q - z‖ / ‖z‖ at the end of each model's own path from the same noise",
     "PSNR": "of the final pictures, in dB, mean over pictures; ratio is a difference, in dB",
+    results.SECONDS: "that the conversion took",
 }
-COLUMNS = [field.name for field in fields(Score)]
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def contender(method: str) -> str:
+    """The name of the product rounding by `method`."""
+    return f"{OURS} {method}"
+
+
+def method(row: Result) -> str:
+    """The product's method behind a row, "" when another tool made it."""
+    name, _, method = row.contender.partition(" ")
+    return method if name == OURS else ""
 
 
 def score(
-    time: str, model: str, scored_on: str, format: str, method: str, metric: str, value: float, *, detail: str = "",
-    ratio: float | None = None, bytes: int | None = None, seconds: float | None = None,
-) -> Score:  # fmt: skip
-    """Return the row of one number; its metric must be one of METRICS."""
+    time: str, model: str, format: str, contender: str, metric: str, value: float | None, *, detail: str = "",
+    ratio: float | None = None, ratio_to: str = "", size_bytes: int | None = None, output_bytes: int | None = None,
+    note: str = "",
+) -> Result:  # fmt: skip
+    """Return the row of one number; its metric must be one of METRICS. Without a value, `note` says why."""
     if metric not in METRICS:
         raise ValueError(f"no such metric: {metric}. There are: {', '.join(METRICS)}")
-    return Score(
-        time=time, model=model, scored_on=scored_on, format=format, method=method, metric=metric, detail=detail,
-        value=value, ratio=ratio, bytes=bytes, seconds=seconds, device="cpu", **machine.facts(),
+    return Result(
+        time=time, benchmark=BENCHMARK, source=model, case=format, contender=contender, metric=metric, detail=detail,
+        size_bytes=size_bytes, output_bytes=output_bytes, runs=int(value is not None), p20=None, p50=value, p80=None,
+        bytes_per_second=None, ratio_to=ratio_to if ratio is not None else "", ratio=ratio, peak_anonymous_bytes=None,
+        baseline_anonymous_bytes=None, budget_bytes=None, cache="", device="cpu", note=note, **machine.facts(),
     )  # fmt: skip
 
 
-def append(rows: Iterable[Score], path: Path = PATH) -> None:
-    """Add `rows` to the file, refusing one with other columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    if not is_new:
-        _check_columns(path)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
-
-
-def read(path: Path = PATH) -> list[Score]:
-    """Return every row, oldest first."""
-    _check_columns(path)
-    kinds = {name: get_args(hint)[0] if get_args(hint) else hint for name, hint in get_type_hints(Score).items()}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Score(**{name: None if text == "" and kinds[name] is not str else kinds[name](text) for name, text in row.items()})
-            for row in csv.DictReader(file)
-        ]
-
-
-def latest(rows: Sequence[Score], model: str) -> list[Score]:
-    """Return the rows of a model, of each format and method only those of the last run that measured them."""
+def latest(rows: Sequence[Result], model: str) -> list[Result]:
+    """Return the rows of a model, of each format and contender only those of the last run that measured them."""
     last: dict[tuple[str, str], str] = {}
     for row in rows:
-        if row.model == model:
-            last[row.format, row.method] = max(row.time, last.get((row.format, row.method), ""))
-    return [row for row in rows if row.model == model and row.time == last[row.format, row.method]]
-
-
-def _check_columns(path: Path) -> None:
-    with path.open(newline="", encoding="utf-8") as file:
-        found = next(csv.reader(file), [])
-    if found != COLUMNS:
-        odd = sorted(set(found) ^ set(COLUMNS)) or ["their order"]
-        raise SchemaError(f"{path} has other columns than this version writes ({', '.join(odd)}): move it away first")
-
-
-def _cell(value: object) -> object:
-    """Five digits are more than any of these numbers is worth."""
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return "" if value is None else value
+        if row.source == model:
+            last[row.case, row.contender] = max(row.time, last.get((row.case, row.contender), ""))
+    return [row for row in rows if row.source == model and row.time == last[row.case, row.contender]]

@@ -1,4 +1,8 @@
-"""The peer's rounding in the same study: convert-to-quant on the layers that the product quantized, its files decoded here."""
+"""The other converter's rounding in the same study: convert-to-quant on the same layers, its files decoded here.
+
+It has two ways: nearest, and the learned rounding that it takes when nothing is asked for. The learned one takes from seconds
+to minutes a layer, so it gets a few layers, one by one, and a limit of time for each.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,18 @@ from torch import Tensor
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
 from benchmarks.quality_methods import Quantized
 
-METHODS = {"peer-simple": ("--simple",), "peer-learned": ()}
+METHODS = {"--simple": ("--simple",), "learned": ()}
+LEARNED_SECONDS = 600  # for a layer
+# One of each kind in the middle of the model.
+LEARNED_LAYERS = (
+    "encoder.layer.3.attention.self.query.weight", "encoder.layer.3.attention.output.dense.weight",
+    "encoder.layer.3.intermediate.dense.weight", "encoder.layer.3.output.dense.weight",
+    "double_blocks.1.img_attn.qkv.weight", "double_blocks.1.img_mlp.2.weight",
+    "single_blocks.2.linear1.weight", "single_blocks.2.linear2.weight",
+)  # fmt: skip
 FLAGS: dict[str, tuple[str, ...]] = {
     "fp8-tensor": ("--scaling_mode", "tensor"),
+    "fp8-row": ("--scaling_mode", "row"),
     "fp8-block64": ("--scaling_mode", "block", "--block_size", "64"),
     "int8-row": ("--int8", "--scaling_mode", "row"),
     "int8-row-convrot": ("--int8", "--scaling_mode", "row", "--convrot"),
@@ -26,10 +39,18 @@ FLAGS: dict[str, tuple[str, ...]] = {
 MARKER = ".comfy_quant"
 
 
-def quantize(source: Path, destination: Path, format: str, method: str, layers: Sequence[str], workdir: Path) -> Quantized:
-    """Convert the weights `layers` of `source`, with their biases, which the peer corrects; all else stays as it is.
+def quantize(
+    source: Path,
+    destination: Path,
+    format: str,
+    method: str,
+    layers: Sequence[str],
+    workdir: Path,
+    limit: float | None = None,
+) -> Quantized:
+    """Convert the weights `layers` of `source`, with their biases, which it corrects; all else stays as it is.
 
-    Raises PeerError when it has no such format, cannot be installed or fails.
+    limit: seconds that it may take. Raises PeerError when it has no such format, cannot be installed, fails or takes longer.
     """
     if format not in FLAGS:
         raise PeerError(f"has no format {format}")
@@ -41,9 +62,15 @@ def quantize(source: Path, destination: Path, format: str, method: str, layers: 
     save_file({key: weights[key].contiguous() for key in (*layers, *biases) if key in weights}, part)
     command = [str(program), "-i", str(part), "-o", str(destination), "--comfy_quant", "--device", "cpu", "--manual_seed", "0"]
     begin = time.perf_counter()
-    done = subprocess.run([*command, *METHODS[method], *FLAGS[format]], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [*command, *METHODS[method], *FLAGS[format]], capture_output=True, text=True, check=False, timeout=limit
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"was not done within {limit} s") from error
+    finally:
+        part.unlink()
     seconds = time.perf_counter() - begin
-    part.unlink()
     if done.returncode or not destination.exists():
         raise PeerError(f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     weights = {key: weight.float() for key, weight in weights.items()}
