@@ -3,6 +3,7 @@
 Installed as `streamquant.kernels`.
 """
 
-from .dispatch import ErrorSums, JitBackend, TorchBackend, available, select, why_no_jit
+from .dispatch import JitBackend, TorchBackend, available, select, why_no_jit
+from .sums import DifferenceSums, ErrorSums
 
-__all__ = ["ErrorSums", "JitBackend", "TorchBackend", "available", "select", "why_no_jit"]
+__all__ = ["DifferenceSums", "ErrorSums", "JitBackend", "TorchBackend", "available", "select", "why_no_jit"]
