@@ -4,6 +4,6 @@ Installed as `streamquant.kernels`.
 """
 
 from .dispatch import JitBackend, TorchBackend, available, select, why_no_jit
-from .sums import DifferenceSums, ErrorSums
+from .sums import DifferenceSums, ErrorSums, Steps
 
-__all__ = ["DifferenceSums", "ErrorSums", "JitBackend", "TorchBackend", "available", "select", "why_no_jit"]
+__all__ = ["DifferenceSums", "ErrorSums", "JitBackend", "Steps", "TorchBackend", "available", "select", "why_no_jit"]

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 
-from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, CODE_VALUES
+from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, CODE_VALUES, book_steps
 from .feedback import Feedback
 from .refined import Refined
 from .search_grid import BOOK_RATIOS, BOOK_REFITS, fp8_candidates
-from .sums import DifferenceSums, ErrorSums
+from .sums import DifferenceSums, ErrorSums, Steps
 
 # How the floating safetensors dtypes lie in host memory. BF16 has no numpy dtype: its bits are kept as uint16.
 HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -169,22 +169,25 @@ class JitBackend:
         """`streamquant.kernels.difference.of_book`: packed uint8, absmax float32 [blocks], book float32 [16]."""
         from .jit.difference import difference_of_book
 
+        steps = book_steps(book)
+        steps[[book.argmin(), book.argmax()]] *= -1
         codes = np.arange(256)
-        pairs = book[np.stack([codes >> 4, codes & 15] if high_first else [codes & 15, codes >> 4], axis=1)]
-        ends = np.array([book.argmin(), book.argmax()], dtype=np.uint8)
-        return _difference(
-            difference_of_book, packed, pairs, ends, high_first, np.ascontiguousarray(absmax), block_size, tile
-        )
+        both = np.stack([codes >> 4, codes & 15] if high_first else [codes & 15, codes >> 4], axis=1)
+        pairs, step_pairs = (values[both].view(np.uint64).reshape(-1) for values in (book, steps))
+        return _difference(difference_of_book, packed, pairs, step_pairs, np.ascontiguousarray(absmax), block_size, tile)
 
 
 def _difference(kernel, *given) -> DifferenceSums:
     """What a compiled kernel adds to its last argument, which this makes."""
-    sums = np.zeros(8)
-    sums[6] = 1.0
+    from .jit.difference import FAR_AT, FINITE, SUMS, WILD_AT
+
+    sums = np.zeros(SUMS)
+    sums[[FINITE, FAR_AT, WILD_AT]] = 1, -1, -1
     kernel(*given, sums)
-    weight, error, product, largest, largest_at, absmax, finite, saturated = sums.tolist()
+    weight, error, product, largest, largest_at, absmax, finite, saturated, *steps = sums.tolist()
     is_finite = bool(finite) and math.isfinite(weight + error + abs(product))
-    return DifferenceSums(weight, error, product, largest, int(largest_at), absmax, is_finite, int(saturated))
+    judged = Steps(*map(int, steps)) if steps[3] else None
+    return DifferenceSums(weight, error, product, largest, int(largest_at), absmax, is_finite, int(saturated), judged)
 
 
 def _padded_runs(flat: np.ndarray, group: int) -> np.ndarray:

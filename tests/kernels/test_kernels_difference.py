@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiles import JIT, QUICK, TORCH, dtypes, kinds, loads, seeds, weights
 
-from streamquant.kernels import DifferenceSums, bnb4, fp8, hadamard, int8
+from streamquant.kernels import DifferenceSums, ErrorSums, bnb4, fp8, hadamard, int8
 from streamquant.kernels.codebooks import CODE_BOOKS
 from streamquant.kernels.difference import CODE_DTYPES
 
@@ -28,6 +28,7 @@ def check(found: list[DifferenceSums], decoded: torch.Tensor, tensor: torch.Tens
         if max(squares) > 1e37 or 0 < min(abs(square) for square in squares) < 1e-30:
             continue  # beyond what float32 squares: whoever asks looks at the sums and takes another way
         assert sums.finite
+        assert sums.steps is None or sums.steps == found[-1].steps
         assert (sums.largest, sums.absmax) == (float(e.abs().max()), float(w.abs().max()))
         assert sums.largest_at == int(e.abs().argmax())
         assert sums.weight == pytest.approx(squares[0], rel=1e-4)
@@ -96,3 +97,44 @@ def test_books(book, high_first, kind, dtype, block_size, elements, seed):
     codes = np.stack([ordered >> 4, ordered & 15], 1).reshape(-1)[:elements]
     ends = [CODE_BOOKS[book].argmin(), CODE_BOOKS[book].argmax()]
     assert [sums.saturated for sums in found] == [np.isin(codes, ends).sum()] * 2
+
+
+@GRIDS
+@pytest.mark.parametrize("damage", [0, 1, 40, 2000])
+def test_steps_find_what_rounding_does_not_make(grid, damage):
+    """Codes rounded to nearest lie within half a step; each code that was changed by many lies further."""
+    elements, run = 20_000, 500
+    tensor = weights("gauss", elements, "BF16", seed=damage)
+    tiles = loads(tensor)
+    absmax = JIT.absmax(tiles[0], run)
+    if grid == "int8":
+        scale = absmax / np.float32(127)
+        codes = JIT.int8(tiles[0], run, scale, ErrorSums()).view(np.uint8).copy()
+    else:
+        largest = np.float32({"e4m3": 448, "e5m2": 57344}[grid])
+        scale = absmax / largest
+        codes = JIT.fp8(tiles[0], run, largest / absmax, scale, grid, ErrorSums()).copy()
+    places = np.random.default_rng(damage).choice(elements // 2, damage, replace=False)
+    places = places[np.abs(tensor.float().numpy()[places]) > 0.2 * absmax[places // run]]
+    codes[places] ^= 0x80
+    found = [backend.byte_difference(codes, scale, grid, 0, tile).steps for backend, tile in zip((JIT, TORCH), tiles, strict=True)]
+    assert found[0] == found[1]
+    assert found[0].far == places.size and found[0].spans == 20
+    assert found[0].far_at == (places.min() if places.size else -1)
+    assert found[0].far_spans == len(set(places // 1024))
+    assert found[0].farther == (places.size if grid == "int8" else found[0].farther)
+
+
+@pytest.mark.parametrize("book", ["nf4", "fp4"])
+def test_steps_of_books(book):
+    tensor = weights("outlier", 10_001, "F32", seed=1)
+    tiles = loads(tensor)
+    packed, absmax = JIT.bnb4(tiles[0], 64, book, ErrorSums())
+    wrong, shrunk = packed.copy(), absmax.copy()
+    wrong[700:1200] = packed[2700:3200]
+    shrunk[20] /= 4
+    for codes, scale, far, wild in ((packed, absmax, False, False), (wrong, absmax, True, True), (packed, shrunk, True, False)):
+        found = [backend.book_difference(codes, scale, 64, CODE_BOOKS[book], True, tile).steps
+                 for backend, tile in zip((JIT, TORCH), tiles, strict=True)]  # fmt: skip
+        assert found[0] == found[1]
+        assert bool(found[0].far) is far and (found[0].wild_spans > 0) is wild
