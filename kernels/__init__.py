@@ -3,9 +3,7 @@
 Installed as `streamquant.kernels`.
 """
 
-from .dispatch import available, select, why_no_jit
-from .error_sums import ErrorSums
-from .jit_backend import JitBackend
-from .torch_backend import TorchBackend
+from .dispatch import JitBackend, TorchBackend, available, select, why_no_jit
+from .sums import DifferenceSums, ErrorSums, Steps
 
-__all__ = ["ErrorSums", "JitBackend", "TorchBackend", "available", "select", "why_no_jit"]
+__all__ = ["DifferenceSums", "ErrorSums", "JitBackend", "Steps", "TorchBackend", "available", "select", "why_no_jit"]

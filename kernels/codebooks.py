@@ -110,3 +110,12 @@ def _dynamic_map() -> np.ndarray:
 
 DYNAMIC_MAP = _dynamic_map()
 DYNAMIC_BOUNDARIES = midpoints(DYNAMIC_MAP)
+
+
+def book_steps(book: np.ndarray) -> np.ndarray:
+    """float32 like `book`: the larger distance of each value to its neighbours."""
+    order = np.argsort(book, kind="stable")
+    gaps = np.diff(book[order])
+    steps = np.empty_like(book)
+    steps[order] = np.maximum(np.append(gaps, 0), np.insert(gaps, 0, 0))
+    return steps

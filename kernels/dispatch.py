@@ -1,4 +1,4 @@
-"""Which implementation runs an operation here: compiled (numba), Triton or plain torch, and why not the others.
+"""Which implementation runs an operation here: compiled (numba) or plain torch, and why not the other.
 
 A backend takes a tile as raw host bytes and gives back numpy arrays, so that whoever calls it knows nothing of
 devices. `JitBackend` never imports torch; `TorchBackend` is the references themselves, on the CPU or a CUDA device.

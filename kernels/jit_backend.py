@@ -1,17 +1,20 @@
-"""The compiled operations (numba) on numpy tiles; each is loaded when it is first used, for that takes a while."""
+"""The compiled path as a backend; it never imports torch."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
-from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, CODE_VALUES
-from .error_sums import ErrorSums
+from .codebooks import ASCENDING_CODES, BOUNDARIES, CODE_BOOKS, CODE_VALUES, book_steps
 from .feedback import Feedback
-from .host_dtypes import HOST_DTYPES
 from .refined import Refined
 from .search_grid import BOOK_RATIOS, BOOK_REFITS, fp8_candidates
+from .sums import DifferenceSums, ErrorSums, Steps
+
+# How the floating safetensors dtypes lie in host memory. BF16 has no numpy dtype: its bits are kept as uint16.
+HOST_DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 class JitBackend:
@@ -147,6 +150,44 @@ class JitBackend:
         pair = np.zeros(2)
         table_error(matrix, codes.view(np.uint8), CODE_VALUES[grid], np.ascontiguousarray(scale), column_group, pair)
         sums.add(*pair)
+
+    def difference(self, values: np.ndarray, tile) -> DifferenceSums:
+        """values float32 [n] against a tile: `streamquant.kernels.difference.of_values`."""
+        from .jit.difference import difference_of_values
+
+        return _difference(difference_of_values, np.ascontiguousarray(values), tile)
+
+    def byte_difference(self, codes: np.ndarray, scale: np.ndarray, grid: str, rotation: int, tile) -> DifferenceSums:
+        """`streamquant.kernels.difference.of_bytes`: codes uint8 [n], scale float32 [runs]."""
+        from .jit.difference import difference_of_bytes
+
+        return _difference(difference_of_bytes[grid], codes, np.ascontiguousarray(scale), rotation, tile)
+
+    def book_difference(
+        self, packed: np.ndarray, absmax: np.ndarray, block_size: int, book: np.ndarray, high_first: bool, tile
+    ) -> DifferenceSums:
+        """`streamquant.kernels.difference.of_book`: packed uint8, absmax float32 [blocks], book float32 [16]."""
+        from .jit.difference import difference_of_book
+
+        steps = book_steps(book)
+        steps[[book.argmin(), book.argmax()]] *= -1
+        codes = np.arange(256)
+        both = np.stack([codes >> 4, codes & 15] if high_first else [codes & 15, codes >> 4], axis=1)
+        pairs, step_pairs = (values[both].view(np.uint64).reshape(-1) for values in (book, steps))
+        return _difference(difference_of_book, packed, pairs, step_pairs, np.ascontiguousarray(absmax), block_size, tile)
+
+
+def _difference(kernel, *given) -> DifferenceSums:
+    """What a compiled kernel adds to its last argument, which this makes."""
+    from .jit.difference import FAR_AT, FINITE, SUMS, WILD_AT
+
+    sums = np.zeros(SUMS)
+    sums[[FINITE, FAR_AT, WILD_AT]] = 1, -1, -1
+    kernel(*given, sums)
+    weight, error, product, largest, largest_at, absmax, finite, saturated, *steps = sums.tolist()
+    is_finite = bool(finite) and math.isfinite(weight + error + abs(product))
+    judged = Steps(*map(int, steps)) if steps[3] else None
+    return DifferenceSums(weight, error, product, largest, int(largest_at), absmax, is_finite, int(saturated), judged)
 
 
 def _padded_runs(flat: np.ndarray, group: int) -> np.ndarray:

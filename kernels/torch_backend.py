@@ -1,16 +1,16 @@
-"""The references themselves as a backend: plain torch, on the CPU or a CUDA device."""
+"""The references as a backend, on the CPU or a CUDA device."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .codebooks import CODE_VALUES
-from .error_sums import ErrorSums
 from .feedback import Feedback
 from .refined import Refined
 from .search_grid import fp8_candidates
+from .sums import DifferenceSums, ErrorSums
 
-TORCH_CHUNK = 1 << 18  # elements worked on at a time on the CPU, so that temporaries stay in cache
+TORCH_CHUNK = 1 << 18  # elements the torch references work on at a time on the CPU, so that temporaries stay in cache
 NORM_CHUNK = 1 << 22  # elements copied to float64 at a time
 
 
@@ -183,6 +183,28 @@ class TorchBackend:
                 rows = slice(begin, begin + step)
                 values = table[self._on_device(codes[rows].view(np.uint8)).int()]
                 _measure(values * self._on_device(scale[rows])[:, groups], matrix[rows], sums)
+
+    def difference(self, values: np.ndarray, tile) -> DifferenceSums:
+        from .difference import of_values
+
+        with self._context():
+            return of_values(self._on_device(values), tile)
+
+    def byte_difference(self, codes: np.ndarray, scale: np.ndarray, grid: str, rotation: int, tile) -> DifferenceSums:
+        from .difference import of_bytes
+
+        with self._context():
+            return of_bytes(self._on_device(codes), self._on_device(scale), grid, rotation, tile)
+
+    def book_difference(
+        self, packed: np.ndarray, absmax: np.ndarray, block_size: int, book: np.ndarray, high_first: bool, tile
+    ) -> DifferenceSums:
+        from .difference import of_book
+
+        with self._context():
+            return of_book(
+                self._on_device(packed), self._on_device(absmax), block_size, self._on_device(book), high_first, tile
+            )
 
 
 def _host(parts) -> np.ndarray:

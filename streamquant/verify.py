@@ -23,9 +23,9 @@ from streamquant.formats.plain import round_to_bf16
 from streamquant.options import Options
 from streamquant.pairing import Pair, Pairing, pair_up
 from streamquant.prefetch import Prefetcher
-from streamquant.stored import Contents, Layout, Plain, ScaledCodes, read_contents, tiles
+from streamquant.stored import Contents, Layout, Plain, read_contents, tiles
 from streamquant.stored.diagnosis import Case, diagnose
-from streamquant.stored.difference import Difference, measure
+from streamquant.stored.difference import Difference, compare
 from streamquant.stored.expectation import nearest_error
 from streamquant.stored.parallel import in_order, together
 from streamquant.verdict import Finding, LayerCheck, Unwatched, Verdict, Watcher
@@ -97,17 +97,15 @@ def _ranges(
 
 @dataclass
 class _Sum:
-    """What one pair has come to. worst: the range of the largest relative error. absmax: of the source so far."""
+    """What one pair has come to. worst: the range of the largest relative error."""
 
     difference: Difference = field(default_factory=Difference)
     worst: tuple[float, int, int] = (-1.0, 0, 0)
-    absmax: float = 0.0
     unequal: int = 0
 
     def add(self, other: _Sum) -> None:
         self.difference.add(other.difference)
         self.worst = max(self.worst, other.worst)
-        self.absmax = max(self.absmax, other.absmax)
         self.unequal += other.unequal
 
 
@@ -215,16 +213,10 @@ class _Check:
 
     def _compare_weight(self, pair: Pair, ranges: list[tuple[int, int]]) -> tuple[str, Any, Any, int]:
         total = _Sum()
-        needs_absmax = isinstance(pair.layout, ScaledCodes) and pair.layout.scale is not None
-        needs_absmax = needs_absmax and pair.layout.scale.info.elements == 1
         for begin, end in ranges:
-            reference = pair.reference.decode(self.reader.tile, begin, end).values
-            tile = pair.layout.decode(self.output_reader.tile, begin, end)
-            found = measure(tile.values, reference, begin)
-            found.saturated = tile.saturated
-            absmax = float(np.abs(reference).max(initial=0.0)) if needs_absmax else 0.0
+            found = compare(pair.layout, self.output_reader.tile, pair.reference, self.reader.tile, begin, end)
             share = math.inf if found.nonfinite else found.relative_error
-            total.add(_Sum(found, (share, begin, end), absmax))
+            total.add(_Sum(found, (share, begin, end)))
         return "weight", pair, total, _bytes_of(pair, ranges)
 
     def layers(self, threads: int, stop: threading.Event | None) -> list[LayerCheck]:
@@ -275,7 +267,7 @@ class _Check:
         """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
         if isinstance(pair.layout, Plain):
             return 0.01, found.difference.relative_error  # decoded back: exact but for one more rounding
-        absmax = found.absmax if self.sample >= 1 else None
+        absmax = found.difference.absmax if self.sample >= 1 else None
         worst: tuple[float | None, float] = (None, found.difference.relative_error)
         ratio = -1.0
         for begin, end in _examined(pair.layout, found):
@@ -283,8 +275,7 @@ class _Check:
             expected = nearest_error(pair.layout, reference, absmax)
             if expected is None:
                 continue
-            values = pair.layout.decode(self.output_reader.tile, begin, end).values
-            there = measure(values, reference)
+            there = compare(pair.layout, self.output_reader.tile, pair.reference, self.reader.tile, begin, end)
             actual = math.inf if there.nonfinite else there.relative_error
             now = actual / expected if expected else (math.inf if actual else 0.0)
             if now > ratio:
@@ -306,7 +297,7 @@ class _Check:
                 if other.key != pair.key and other.reference is not None and other.reference.shape == pair.reference.shape:
                     yield other.key, other.reference
 
-        absmax = found.absmax if self.sample >= 1 else None
+        absmax = found.difference.absmax if self.sample >= 1 else None
         ranges = tuple(_examined(pair.layout, found))
         return Case(pair.layout, pair.reference, self.output_reader.tile, self.reader.tile, ranges, absmax, others)
 

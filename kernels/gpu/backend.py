@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..error_sums import ErrorSums
 from ..feedback import Feedback
 from ..refined import Refined
+from ..sums import ErrorSums
 from ..torch_backend import TorchBackend
 from . import absmax, bnb4, book_search, fp8, hadamard, int8, scale_search
 from .refine import refine

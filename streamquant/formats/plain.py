@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from streamquant.kernels.host_dtypes import HOST_DTYPES
+from streamquant.kernels.jit_backend import HOST_DTYPES
 
 from .base import Encoded, Encoder, Format, Output
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RUN = 4096  # elements summed in float32 before the sum goes to float64
+from streamquant.kernels import DifferenceSums, select
+
+from .layouts import Layout, Read
+
 TINY = 1e-30  # a sum of squares below which float32 loses digits of its terms
 
 
@@ -17,7 +20,7 @@ class Difference:
 
     weight: sum of w². error: sum of e². product: sum of e·w. largest: max |e|, at element `largest_at`. saturated: codes
     at an end of their grid. nonfinite: elements that are NaN or infinite though the reference is finite there. skipped:
-    elements whose reference is not finite; no sum counts them, nor the `nonfinite` ones.
+    elements whose reference is not finite; no sum counts them, nor the `nonfinite` ones. absmax: max |w|.
     """
 
     elements: int = 0
@@ -29,11 +32,13 @@ class Difference:
     saturated: int = 0
     nonfinite: int = 0
     skipped: int = 0
+    absmax: float = 0.0
 
     def add(self, other: Difference) -> None:
         """Take another range in."""
         if other.largest > self.largest or (other.largest == self.largest and other.largest_at < self.largest_at):
             self.largest, self.largest_at = other.largest, other.largest_at
+        self.absmax = max(self.absmax, other.absmax)
         for name in ("elements", "weight", "error", "product", "saturated", "nonfinite", "skipped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -76,27 +81,37 @@ class Difference:
         return self.saturated / self.elements if self.elements else 0.0
 
 
+def compare(layout: Layout, read: Read, reference: Layout, read_reference: Read, begin: int, end: int) -> Difference:
+    """The difference of elements [begin, end) of two layouts: whole rows, or a part of one row."""
+    if begin == end:
+        return Difference()
+    tile = reference.tile(read_reference, begin, end)
+    found = _taken(layout.difference(read, begin, end, tile), begin, end)
+    if found is None:
+        decoded = layout.decode(read, begin, end)
+        found = _measure_carefully(decoded.values, reference.decode(read_reference, begin, end).values, begin)
+        found.saturated = decoded.saturated
+    return found
+
+
 def measure(decoded: np.ndarray, reference: np.ndarray, begin: int = 0) -> Difference:
     """The difference of two float32 arrays [n], which are elements from `begin` on of a weight."""
     if not decoded.size:
         return Difference()
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = decoded - reference
-        highest, lowest = int(error.argmax()), int(error.argmin())
-        top, bottom = float(error[highest]), -float(error[lowest])
-        sums = [_dot(reference, reference), _dot(error, error), _dot(error, reference)]
-    if not all(map(math.isfinite, (*sums, top, bottom))) or sums[0] < TINY:
-        return _measure_carefully(decoded, reference, begin)
-    if top == bottom:
-        highest = min(highest, lowest)
-    return Difference(decoded.size, *sums, max(top, bottom), begin + (highest if top >= bottom else lowest))
+    backend = select("cpu")
+    tile = backend.load(memoryview(np.ascontiguousarray(reference)).cast("B"), "F32")
+    found = _taken(backend.difference(decoded, tile), begin, begin + decoded.size)
+    return found or _measure_carefully(decoded, reference, begin)
 
 
-def _dot(left: np.ndarray, right: np.ndarray) -> float:
-    """Scalar product: float32 within a run, float64 across runs."""
-    whole = left.size // RUN * RUN
-    runs = np.einsum("ij,ij->i", left[:whole].reshape(-1, RUN), right[:whole].reshape(-1, RUN))
-    return float(runs.sum(dtype=np.float64)) + float(np.einsum("i,i->", left[whole:], right[whole:]))
+def _taken(sums: DifferenceSums, begin: int, end: int) -> Difference | None:
+    """What the kernels summed over a tile; None when float32 does not hold it."""
+    if not sums.finite or sums.weight < TINY:
+        return None
+    return Difference(
+        end - begin, sums.weight, sums.error, sums.product, sums.largest, begin + sums.largest_at, sums.saturated,
+        absmax=sums.absmax,
+    )  # fmt: skip
 
 
 def _measure_carefully(decoded: np.ndarray, reference: np.ndarray, begin: int) -> Difference:
@@ -113,6 +128,7 @@ def _measure_carefully(decoded: np.ndarray, reference: np.ndarray, begin: int) -
         float(error @ w),
         nonfinite=int(np.count_nonzero(there & ~counted)),
         skipped=int(np.count_nonzero(~there)),
+        absmax=float(np.abs(reference[there]).max(initial=0.0)),
     )
     found.largest_at = begin
     if magnitude.size:

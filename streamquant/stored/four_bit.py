@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from streamquant.checkpoint.reader import SourceTensor
+from streamquant.kernels import DifferenceSums, select
 from streamquant.kernels.codebooks import CODE_BOOKS
 
 from .layouts import Layout, Read, Tile, first_scales, rotate
@@ -56,6 +58,13 @@ class Blocks4bit(Layout):
         values[: whole * self.block_size].reshape(whole, self.block_size)[...] *= absmax[:whole, None]
         values[whole * self.block_size :] *= absmax[-1]
         return Tile(inside, saturated)
+
+    def difference(self, read: Read, begin: int, end: int, tile: Any) -> DifferenceSums:
+        if begin % self.block_size:
+            return super().difference(read, begin, end, tile)
+        packed = np.frombuffer(read(self.packed, begin // 2, (end + 1) // 2), dtype=np.uint8)
+        absmax = self._absmax(read, begin // self.block_size, -(-end // self.block_size))
+        return select("cpu").book_difference(packed, absmax, self.block_size, self._book(read), self.high_first, tile)
 
     def _book(self, read: Read) -> np.ndarray:
         if self.book is None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from streamquant.checkpoint.reader import SourceTensor
+from streamquant.kernels import DifferenceSums, select
 
 from .numbers import byte_values, decode_bytes, floats
 
@@ -24,6 +25,7 @@ Read = Callable[[SourceTensor, int, int], Any]  # bytes [begin, end) of a tensor
 
 TILE_ELEMENTS = 1 << 18  # float32 of a tile stay in the second cache, and calls are few
 COMMON_EDGES = (128, 64, 256, 32, 16, 512)  # of blocks that share a scale
+GRIDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "I8": "int8"}
 ROW_ALIGNMENT = 128  # rows that share a band of tiled scales (NVFP4, MXFP8)
 
 
@@ -55,6 +57,15 @@ class Layout(ABC):
     @abstractmethod
     def decode(self, read: Read, begin: int, end: int) -> Tile:
         """Elements [begin, end) of the flattened weight: whole rows, or a part of one row."""
+
+    def tile(self, read: Read, begin: int, end: int) -> Any:
+        """The same elements as a tile of the CPU's backend, for others to be compared with."""
+        return select("cpu").load(memoryview(self.decode(read, begin, end).values).cast("B"), "F32")
+
+    def difference(self, read: Read, begin: int, end: int, tile: Any) -> DifferenceSums:
+        """The sums over decoded elements [begin, end), at least one, against a tile of as many weights."""
+        decoded = self.decode(read, begin, end)
+        return replace(select("cpu").difference(decoded.values, tile), saturated=decoded.saturated)
 
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
         """Up to about `limit` of the weight's scales, float32, and whether these are all."""
@@ -103,6 +114,10 @@ class Plain(Layout):
     def decode(self, read: Read, begin: int, end: int) -> Tile:
         width = self.tensor.info.nbytes // self.tensor.info.elements
         return Tile(floats(read(self.tensor, begin * width, end * width), self.tensor.info.dtype))
+
+    def tile(self, read: Read, begin: int, end: int) -> Any:
+        width = self.tensor.info.nbytes // self.tensor.info.elements
+        return select("cpu").load(read(self.tensor, begin * width, end * width), self.tensor.info.dtype)
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,29 @@ class ScaledCodes(Layout):
         columns = np.arange(first_column, first_column + values.size // rows)
         values.reshape(rows, -1)[...] *= scales[:, columns // self.column_block]
 
+    def difference(self, read: Read, begin: int, end: int, tile: Any) -> DifferenceSums:
+        scale = self._run_scales(read, begin, end)
+        if scale is None:
+            return super().difference(read, begin, end, tile)
+        codes = np.frombuffer(read(self.codes, begin, end), dtype=np.uint8)
+        return select("cpu").byte_difference(codes, scale, GRIDS[self.codes.info.dtype], self.rotation, tile)
+
+    def _run_scales(self, read: Read, begin: int, end: int) -> np.ndarray | None:
+        """float32, one scale for each of equally long runs of elements [begin, end); None where runs differ in length."""
+        if self.scale is None:
+            return np.ones(1, dtype=np.float32)
+        width = self.column_block
+        if self.scale.info.elements == 1:
+            return self._scales(read, 0, 1).reshape(-1)
+        if self.columns % width or begin % width or end % width:
+            return None
+        first, last = begin // self.columns, (end - 1) // self.columns + 1
+        scales = self._scales(read, first, last)
+        if self.row_block > 1:
+            scales = scales[np.arange(first, last) // self.row_block - first // self.row_block]
+        start = (begin - first * self.columns) // width
+        return scales.reshape(-1)[start : start + (end - begin) // width]
+
     def _scales(self, read: Read, first_row: int, end_row: int) -> np.ndarray:
         """The scales of rows [first_row, end_row): float32 [rows of blocks, scales_in_row]."""
         width = self.scale.info.nbytes // self.scale.info.elements
@@ -206,8 +244,6 @@ def _saturated(codes: np.ndarray, dtype: str) -> int:
 
 def rotate(values: np.ndarray, group: int) -> np.ndarray:
     """Runs of `group` float32 values multiplied by the Hadamard matrix (its own inverse)."""
-    from streamquant.kernels import select
-
     rotated = select("cpu").rotate(values, group)
     return rotated if isinstance(rotated, np.ndarray) else rotated.numpy()
 
