@@ -8,6 +8,7 @@ format that needs the whole tensor first has its first pass scheduled one unit a
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -181,7 +182,13 @@ class Pour:
         self._refuse_nonfinite(unit, encoded.finite, raw, begin)
         for output, payload in zip(work.streamed, encoded.payloads, strict=True):
             number, offset, _ = self.plan.placement[unit.output_name(output)]
-            self.session.files[number].write(offset + output.extent(begin, end)[0], _bytes_of(payload))
+            try:
+                self.session.files[number].write(offset + output.extent(begin, end)[0], _bytes_of(payload))
+            except errors.DestinationWriteError:
+                # What is copied from a mapping is read by the system: that may be what has failed.
+                np.frombuffer(raw, dtype=np.uint8)[:: mmap.PAGESIZE].max(initial=0)
+                self.reader.confirm(unit.source.file)
+                raise
         return encoded
 
     def _backend(self) -> Any:
@@ -193,6 +200,7 @@ class Pour:
     def _refuse_nonfinite(self, unit: Unit, finite: bool, raw: memoryview, begin: int) -> None:
         if finite or self.plan.recipe.allow_nonfinite:
             return
+        self.reader.confirm(unit.source.file)
         values = to_float32(np.frombuffer(raw, dtype=np.uint8), unit.dtype)
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
@@ -228,6 +236,7 @@ class Pour:
             if last:
                 self._finish(work)
             return
+        self.reader.confirm(unit.source.file)
         work.encoder.absorb(result)
         self.prefetcher.advance((tile.end - tile.begin) * unit.element_bytes)
         if last:
@@ -247,6 +256,8 @@ class Pour:
         for hasher, payload in zip(work.hashers, encoded.payloads, strict=True):
             hasher.update(_bytes_of(payload))
             self._unsynced += payload.nbytes
+        self.reader.confirm(unit.source.file)
+        self.knowledge.confirm()
         work.encoder.commit(encoded)
         work.sums.add(encoded.sums.error, encoded.sums.weight)
         work.output.add(encoded.output.before, encoded.output.after, encoded.output.energy)
