@@ -73,7 +73,8 @@ def survive(ordeal: Ordeal, name: str, at: int) -> bool:
     result = ordeal.run(folder, orders=fault.orders(at))
     trail = f"{ordeal.name}: {name} at call {at} ({result.kind} in the {result.folder}, {result.path})\n{result.err}"
     ordeal.check_names(folder, trail)
-    if result.struck and not (fault.survived or _courtesy(folder, result)):
+    excused = fault.survived or (_courtesy(folder, result) and not (fault.sticky and result.exit))
+    if result.struck and not excused:
         _check_told(fault, result, trail)
         resumed = _go_on(ordeal, folder, result)
         trail += f"resumed: {resumed.err}"

@@ -1,0 +1,84 @@
+"""`kill -9` and power cuts at any call of a conversion, and at any call of its resumes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from typing import Any
+
+from faults.power import Disk, cut, read_log
+from faults.scenarios import Ordeal
+from faults.shim import KINDS
+
+EVERY = {"source": KINDS, "destination": KINDS}
+CHANGES = KINDS[KINDS.index("write") :]
+HOW = ("kill before", "kill after", "kill half")
+MOST_CUTS = 4
+
+
+def calls_of(ordeal: Ordeal) -> int:
+    """How many calls an untouched run makes."""
+    return sum(sum(kinds.values()) for kinds in ordeal.kinds.values())
+
+
+def killed_at(ordeal: Ordeal, moments: list[tuple[int, str]]) -> int:
+    """Kill a run at its Nth call, its resume at another, and so on; then let it end. Returns how many kills struck."""
+    folder = ordeal.make("kill-" + "-".join(f"{at}" for at, _ in moments) + moments[0][1][5:])
+    struck = 0
+    for number, (at, how) in enumerate([*moments, (0, "fail")]):
+        result = ordeal.run(folder, *(["--resume"] if number else []), orders={"at": at, "how": how, "calls": EVERY})
+        trail = f"{ordeal.name}: killed {moments[: number + 1]}\n{result.err}"
+        assert result.killed or result.exit == 0, trail
+        struck += result.killed
+        ordeal.check_names(folder, trail)
+    ordeal.check_done(folder, trail)
+    shutil.rmtree(folder)
+    return struck
+
+
+def random_moments(ordeal: Ordeal, dice: random.Random, times: int) -> list[tuple[int, str]]:
+    """A moment of the run, then moments of its resumes, which are shorter."""
+    first = dice.randint(1, calls_of(ordeal))
+    return [(first, dice.choice(HOW)), *((dice.randint(1, 90), dice.choice(HOW)) for _ in range(times - 1))]
+
+
+def without_power(ordeal: Ordeal, seed: int, times: int) -> int:
+    """Cut the power of a run, and of its resumes, at random moments; then let it end. Returns the number of cuts.
+
+    After a cut the output is identical in the end; or the resume says that there is nothing to go on from, and what it
+    names to be deleted is deleted: never is a byte wrong.
+    """
+    dice = random.Random(seed)
+    trail: list[Any] = [ordeal.name, f"seed {seed}"]
+    folder = ordeal.make(f"power-{seed}-0")
+    log = ordeal.folder / f"power-{seed}.log"
+    cuts = 0
+    for number in range(times):
+        before = Disk.of(folder)
+        result = ordeal.run(folder, *(["--resume"] if number else []), log=str(log))
+        trail.append(result.err)
+        assert result.exit == 0, trail
+        changes = read_log(log)
+        if not changes:
+            break
+        at = dice.randint(1, len(changes))
+        after = cut(before, changes, at, dice)
+        shutil.rmtree(folder)
+        folder = ordeal.folder / f"power-{seed}-{number + 1}"
+        folder.mkdir()
+        after.put(folder)
+        cuts += 1
+        trail.append(f"cut {at} of {len(changes)}, {changes[at - 1].kind}; left {sorted(after.names)}")
+        ordeal.check_names(folder, trail)
+    result = ordeal.run(folder, "--resume")
+    trail.append(result.err)
+    assert result.exit == 0, trail
+    ordeal.check_done(folder, trail)
+    shutil.rmtree(folder)
+    log.unlink()
+    return cuts
+
+
+def was_killed(result: Any) -> bool:
+    return result.signal == signal.SIGKILL
