@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 from faults.power import Disk, cut, read_log
@@ -12,9 +14,7 @@ from faults.scenarios import Ordeal
 from faults.shim import KINDS
 
 EVERY = {"source": KINDS, "destination": KINDS}
-CHANGES = KINDS[KINDS.index("write") :]
 HOW = ("kill before", "kill after", "kill half")
-MOST_CUTS = 4
 
 
 def calls_of(ordeal: Ordeal) -> int:
@@ -80,5 +80,22 @@ def without_power(ordeal: Ordeal, seed: int, times: int) -> int:
     return cuts
 
 
-def was_killed(result: Any) -> bool:
-    return result.signal == signal.SIGKILL
+def killed_by_a_timer(ordeal: Ordeal, delays: list[float]) -> int:
+    """Start `python -m streamquant`, kill it after each delay in turn, let it end. Returns how many kills struck."""
+    folder = ordeal.make(f"timer-{delays[0]:.3f}")
+    killed = 0
+    for number, delay in enumerate([*delays, None]):
+        more = ["--resume"] if number else []
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamquant", *ordeal.arguments(folder, *more)], stderr=subprocess.PIPE, text=True
+        )
+        if delay is not None:
+            time.sleep(delay)
+            process.kill()
+        _, err = process.communicate()
+        killed += process.returncode < 0
+        assert process.returncode <= 0, err
+        ordeal.check_names(folder, (delays, err))
+    ordeal.check_done(folder, delays)
+    shutil.rmtree(folder)
+    return killed

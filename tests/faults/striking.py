@@ -6,7 +6,6 @@ import errno
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +56,19 @@ FAULTS = {
 }
 
 
-def strike_all(ordeal: Ordeal, names: list[str] | None = None, steps: int = 1, first: int = 1) -> Iterator[tuple[str, int]]:
-    """Strike at N = first, first + steps, … for each fault until a run is untouched; yields (fault, N) of each survived."""
-    for name in names or FAULTS:
-        at = first
-        while survive(ordeal, name, at):
-            yield name, at
-            at += steps
+def struck_calls(ordeal: Ordeal, name: str) -> int:
+    """How many calls of an untouched run a fault can strike."""
+    fault = FAULTS[name]
+    chosen = {"source": fault.source, "destination": fault.destination}
+    return sum(count for folder, kinds in ordeal.kinds.items() for kind, count in kinds.items() if kind in chosen[folder])
+
+
+def strike_all(ordeal: Ordeal, name: str) -> int:
+    """Strike at N = 1, 2, 3, … until a run is untouched; returns how many calls were struck."""
+    at = 1
+    while survive(ordeal, name, at):
+        at += 1
+    return at - 1
 
 
 def survive(ordeal: Ordeal, name: str, at: int) -> bool:
