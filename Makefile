@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
 
-.PHONY: help install demo test test-comfyui lint bench clean
+.PHONY: help install demo test test-comfyui faults lint bench clean
 
 help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
 	@echo "make test     run all tests"
 	@echo "make test-comfyui COMFYUI_PATH=...   run the node pack's tests against a real ComfyUI"
+	@echo "make faults   strike at every system call, kill and cut the power hundreds of times (long)"
 	@echo "make lint     check the style"
 	@echo "make bench    measure against cp and the peers (long)"
 	@echo "make clean    remove what make made"
@@ -40,6 +41,11 @@ test: $(STAMP) lint
 # ComfyUI's own packages must be in this environment too; see tests/comfyui.
 test-comfyui: $(STAMP)
 	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest tests/comfyui
+
+# Faults of the disk, kill -9 and power cuts at every step of a conversion; needs a C compiler. Adds what it reached to
+# benchmarks/results/endurance.csv.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/everything.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

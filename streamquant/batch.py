@@ -61,6 +61,10 @@ class Pieces:
         number, offset, _ = self._plan.placement[name]
         self._pieces.append((number, offset, data))
 
+    def data(self) -> list[memoryview]:
+        """The bytes of all pieces."""
+        return [data for _, _, data in self._pieces]
+
     def size(self, name: str) -> int:
         """Bytes of a whole tensor."""
         return self._plan.placement[name][2]

@@ -112,6 +112,8 @@ def compare(
             for total, part in zip(sums.setdefault(key, (Difference(), Difference(), Difference())), found, strict=True):
                 total.add(part)
             watcher.progress(key, round(share * contents[0].checkpoint.tensors[key].info.nbytes))
+        for reader in readers:
+            reader.confirm()
     layers = tuple(_compared(key, contents, sums.get(key, (Difference(),) * 3)) for key in keys)
     first, second = (set(part.plain) | {layer.key for layer in part.layers.values()} for part in contents[:2])
     return Comparison(

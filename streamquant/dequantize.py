@@ -140,6 +140,7 @@ def dequantize(
         file.create(planned.header)
         with TileReader(checkpoint, options.effective_io) as reader:
             peak = _pour(plan, file, reader, allow_nonfinite, options.effective_threads, watcher, stop)
+            reader.confirm()
         _publish(file, force)
     except BaseException:
         file.abandon()
@@ -206,7 +207,8 @@ def _jobs(plan: DequantizePlan, reader: TileReader, allow_nonfinite: bool) -> It
 
 
 def _copy(piece: Piece, reader: TileReader, begin: int, end: int) -> tuple[Piece, memoryview]:
-    return piece, reader.tile(piece.source, begin, end)
+    # A copy of its own: given to the system from a mapping, a page that cannot be read would seem a fault in writing.
+    return piece, memoryview(np.array(reader.tile(piece.source, begin, end)))
 
 
 def _decode(piece: Piece, reader: TileReader, begin: int, end: int, allow_nonfinite: bool) -> tuple[Piece, memoryview]:

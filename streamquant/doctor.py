@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from streamquant import __version__
+from streamquant.checkpoint.mapping import why_no_mapping
 from streamquant.kernels import available
 from streamquant.options import Options
 
@@ -76,8 +77,8 @@ def _machine(folder: Path) -> Iterator[Check]:
     writable = os.access(folder, os.W_OK)
     text = f"{free / GIGABYTE:.1f} GB free in {folder}" + ("" if writable else ", which cannot be written to")
     yield Check("disk", "ok" if writable else "problem", text)
-    reads = "mapped" if Options().effective_io == "mmap" else "read by calls, for mappings count as memory here"
-    yield Check("reading", "ok", f"files are {reads}; --io pread is for network drives")
+    why = why_no_mapping()
+    yield Check("reading", "ok", f"files are read by calls; --io mmap {f'does so too, for {why}' if why else 'maps them'}")
 
 
 def _processor_name() -> str:

@@ -37,10 +37,8 @@ class Options:
 
     @property
     def effective_io(self) -> str:
-        """"mmap" but on Windows, where a mapping counts as committed memory."""
-        if self.io != "auto":
-            return self.io
-        return "pread" if os.name == "nt" else "mmap"
+        """"auto" is "pread": within a few percent as fast as a mapping, and safe wherever the file lies."""
+        return "pread" if self.io == "auto" else self.io
 
 
 class Observer(Protocol):

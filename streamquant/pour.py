@@ -9,9 +9,10 @@ unit of one tile is finished by its worker, small ones many to a task (`streamqu
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
@@ -211,14 +212,27 @@ class Pour:
         self._refuse_nonfinite(unit, encoded.finite, raw, begin)
         for output, payload in zip(work.streamed, encoded.payloads, strict=True):
             number, offset, _ = self.plan.placement[unit.output_name(output)]
-            self.session.files[number].write(offset + output.extent(begin, end)[0], bytes_of(payload))
+            with self._told_apart([raw]):
+                self.session.files[number].write(offset + output.extent(begin, end)[0], bytes_of(payload))
         return encoded
+
+    @contextlib.contextmanager
+    def _told_apart(self, written: Iterable[memoryview]) -> Iterator[None]:
+        """What is copied from a mapping is read by the system while it is written: that may be what has failed."""
+        try:
+            yield
+        except errors.DestinationWriteError:
+            for data in written:
+                np.frombuffer(data, dtype=np.uint8)[:: mmap.PAGESIZE].max(initial=0)
+            self.reader.confirm()
+            raise
 
     def _convert(self, units: list[Unit]) -> tuple[list[dict[str, Any]], int]:
         """In a worker: convert units of one tile each. Returns their records and how many bytes were written."""
         pieces = Pieces(self.plan, self.session.files)
         records = [self._convert_whole(unit, pieces) for unit in units]
-        return records, pieces.write()
+        with self._told_apart(pieces.data()):
+            return records, pieces.write()
 
     def _convert_whole(self, unit: Unit, pieces: Pieces) -> dict[str, Any]:
         encoder = unit.format.encoder(unit.shape, unit.origin)
@@ -251,6 +265,7 @@ class Pour:
     def _refuse_nonfinite(self, unit: Unit, finite: bool, raw: memoryview, begin: int) -> None:
         if finite or self.plan.recipe.allow_nonfinite:
             return
+        self.reader.confirm()
         values = to_float32(np.frombuffer(raw, dtype=np.uint8), unit.dtype)
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
@@ -285,6 +300,8 @@ class Pour:
 
     def _accept_batch(self, batch: Batch) -> None:
         records, written = batch.future.result()
+        self.reader.confirm()
+        self.knowledge.confirm()
         self._unsynced += written
         self.session.journal.append(*records)
         for unit, record in zip(batch.units, records, strict=True):
@@ -303,6 +320,7 @@ class Pour:
             if last:
                 self._finish(work)
             return
+        self.reader.confirm()
         work.encoder.absorb(result)
         self.prefetcher.advance(unit.source_bytes_of(tile.begin, tile.end))
         if last:
@@ -322,6 +340,8 @@ class Pour:
         for hasher, payload in zip(work.hashers, encoded.payloads, strict=True):
             hasher.update(bytes_of(payload))
             self._unsynced += payload.nbytes
+        self.reader.confirm()
+        self.knowledge.confirm()
         work.encoder.commit(encoded)
         work.sums.add(encoded.sums.error, encoded.sums.weight)
         work.output.add(encoded.output.before, encoded.output.after, encoded.output.energy)

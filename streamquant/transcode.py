@@ -60,7 +60,7 @@ def convert(
         device = resolve_device(options.device)
         plan, knowledge = _learn(plan, reader, options)
         tiles = plan_tiles(plan, options, device, knowledge)
-        for note in (*plan.notes, *knowledge.notes()):
+        for note in (*plan.notes, *knowledge.notes(), *reader.notes):
             observer.note(note)
         fingerprint = plan.fingerprint() | {"device": device_class(device)}
         session = open_session(
@@ -131,7 +131,8 @@ def plan_tiles(plan: Plan, options: Options, device: str, knowledge: LayerKnowle
     vram = None if device == "cpu" else options.vram_budget or (2 << 30)
     learned = {unit.index: needs for unit in plan.units if knowledge and (needs := knowledge.needs(unit))}
     budget, threads = options.memory_budget, options.effective_threads
-    return tile_sizes(plan, budget, threads, options.effective_io, backend, vram, learned)
+    io = knowledge.reader.io if knowledge else options.effective_io
+    return tile_sizes(plan, budget, threads, io, backend, vram, learned)
 
 
 def _report(

@@ -75,6 +75,8 @@ def verify(
             prefetcher.advance(nbytes + nbytes * pair.output_bytes // max(pair.source_bytes, 1))
             watcher.progress(pair.key, nbytes)
         layers = check.layers(options.effective_threads, stop)
+        reader.confirm()
+        output_reader.confirm()
     return check.verdict(layers, time.monotonic() - started)
 
 

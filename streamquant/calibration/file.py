@@ -36,7 +36,9 @@ from pathlib import Path
 import numpy as np
 
 from streamquant.checkpoint.header import build_header, layout, printable, read_header
-from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError
+from streamquant.checkpoint.mapping import Mapping, why_no_mapping
+from streamquant.checkpoint.positioned import close_read, read_at
+from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError, SourceReadError
 
 from .statistics import LayerStatistics
 
@@ -57,10 +59,20 @@ def bare_name(name: str) -> str:
 
 @dataclass
 class Calibration:
-    """The statistics of a model's layers, by name. seed: of Ω."""
+    """The statistics of a model's layers, by name. seed: of Ω. path, mapping: the file whose pages the arrays are, if any."""
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     seed: int = 0
+    path: str = ""
+    mapping: Mapping | None = field(default=None, repr=False, compare=False)
+
+    def confirm(self) -> None:
+        """Raise SourceReadError when a page of the file could not be read: what came of the arrays is not to be believed."""
+        if self.mapping is not None and self.mapping.damaged:
+            raise SourceReadError(
+                f"Reading {printable(self.path, limit=4096)} failed: it was truncated, or its disk fails; what was written is "
+                f"kept."
+            )
 
     @property
     def kind(self) -> str:
@@ -153,7 +165,7 @@ class Calibration:
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
-    """Read a calibration file and check all of it. Arrays are mapped, not copied.
+    """Read a calibration file and check all of it. Arrays are mapped, not copied, where that is safe.
 
     Raises CalibrationError for a file that is no calibration or a damaged one, SourceMissingError or SourceReadError
     when there is nothing to read.
@@ -172,7 +184,7 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     seed = metadata.get("seed", "")
     if not (seed.isascii() and seed.isdigit() and len(seed) < 20) or metadata.get("keys") != "module":
         raise CalibrationError(f"{shown}: the metadata lack a seed or the naming of keys; the file is damaged.")
-    data = np.memmap(path, dtype=np.uint8, mode="r") if header.size > header.data_start else np.empty(0, np.uint8)
+    data, mapping = _data_of(path, header.size)
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, info in header.tensors.items():
         layer, _, part = name.rpartition(".")
@@ -195,12 +207,35 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             layers[layer].check(printable(layer))
         except CalibrationError as fault:
             raise CalibrationError(f"{shown}: {fault}") from None
-    calibration = Calibration(layers, int(seed))
+    calibration = Calibration(layers, int(seed), os.fspath(path), mapping)
+    calibration.confirm()
     if metadata.get("kind") != calibration.kind:
         raise CalibrationError(
             f"{shown}: says it is {printable(str(metadata.get('kind')))} and holds {calibration.kind} layers."
         )
     return calibration
+
+
+def _data_of(path: str | os.PathLike[str], size: int) -> tuple[np.ndarray, Mapping | None]:
+    """The bytes of a file whose header has been read, mapped or (where a mapping is not safe or not possible) read."""
+    shown = printable(os.fspath(path), limit=4096)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            if os.fstat(descriptor).st_size != size:
+                raise SourceReadError(f"{shown}: changed while it was read; start again when nothing writes to it.")
+            if not why_no_mapping():
+                with contextlib.suppress(OSError):  # where it cannot be mapped it is read, and that tells what is wrong
+                    mapping = Mapping(descriptor, size)
+                    return np.frombuffer(mapping.view, dtype=np.uint8), mapping
+            data = np.empty(size, dtype=np.uint8)
+            if read_at(descriptor, memoryview(data), 0) != size:
+                raise SourceReadError(f"{shown}: shrank while it was read; start again when nothing writes to it.")
+            return data, None
+        finally:
+            close_read(descriptor)
+    except OSError as error:
+        raise SourceReadError(f"{shown}: cannot be read ({error.strerror}); check its disk.") from None
 
 
 def merge(files: Iterable[str | os.PathLike[str]]) -> Calibration:

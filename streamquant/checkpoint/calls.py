@@ -11,6 +11,7 @@ from typing import Any
 
 from streamquant import errors
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.positioned import close_read
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # what a filesystem says that cannot do it
 
@@ -45,12 +46,6 @@ def repeated(call: Callable[..., Any], *arguments: Any) -> Any:
 def close(descriptor: int) -> None:
     """Close what was written to. Raises OSError; not for an interruption, after which the descriptor is gone all the same."""
     with contextlib.suppress(InterruptedError):
-        os.close(descriptor)
-
-
-def close_read(descriptor: int) -> None:
-    """Close what was only read: whatever that says, all was read."""
-    with contextlib.suppress(OSError):
         os.close(descriptor)
 
 

@@ -24,6 +24,7 @@ from operator import attrgetter
 
 from streamquant import errors
 from streamquant.checkpoint.json_text import bracket_bomb
+from streamquant.checkpoint.positioned import close_read, read_whole
 
 MAX_HEADER_LENGTH = 100_000_000
 
@@ -108,10 +109,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
             raise errors.SourceReadError(f"{shown}: this is not a regular file; give the path of a safetensors file.")
-        with open(path, "rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
-            length = parse_length(file.read(8), file_size, name)
-            raw = file.read(length)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            file_size = os.fstat(descriptor).st_size
+            length = parse_length(read_whole(descriptor, 8), file_size, name)
+            raw = read_whole(descriptor, length, 8)
+        finally:
+            close_read(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         raise errors.SourceMissingError(f"{shown}: there is no such file; check the path.") from None
     except OSError as error:

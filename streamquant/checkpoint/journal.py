@@ -28,9 +28,10 @@ from typing import Any
 import xxhash
 
 from streamquant import errors
-from streamquant.checkpoint.calls import UNSUPPORTED, close, close_read, remove, writing
+from streamquant.checkpoint.calls import UNSUPPORTED, close, remove, writing
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.json_text import load_json
+from streamquant.checkpoint.positioned import close_read
 
 VERSION = 1
 _DIGEST = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -17,6 +18,18 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def read_whole(descriptor: int, nbytes: int, offset: int = 0) -> bytes:
+    """Bytes from `offset`; fewer than asked for where the file ends. Raises OSError."""
+    buffer = bytearray(nbytes)
+    return bytes(buffer[: read_at(descriptor, memoryview(buffer), offset)])
+
+
+def close_read(descriptor: int) -> None:
+    """Close what was only read: whatever that says, all was read."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

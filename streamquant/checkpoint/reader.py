@@ -5,6 +5,7 @@ Opening reads headers only. Data comes through a `TileReader`, memory-mapped or 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamquant import errors
+from streamquant.checkpoint.calls import UNSUPPORTED
 from streamquant.checkpoint.header import Header, TensorInfo, printable, read_header
 from streamquant.checkpoint.json_text import load_json
-from streamquant.checkpoint.positioned import read_at
+from streamquant.checkpoint.mapping import Mapping, why_no_mapping
+from streamquant.checkpoint.positioned import close_read, read_at, read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +117,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     fault when it is absent, another kind of file, malformed, or an index that does not agree with its shards.
     """
     path = Path(path)
-    if not os.path.exists(path):  # unlike Path.exists, it is False for a name that no filesystem takes
-        raise errors.SourceMissingError(f"There is no file or folder at {printable(str(path), 300)}: check the path.")
-    if path.is_dir():
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no filesystem takes
+        raise errors.SourceMissingError(f"There is no file or folder at {printable(str(path), 300)}: check the path.") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise errors.SourceMissingError(
+                f"There is no file or folder at {printable(str(path), 300)} ({error.strerror}): check the path."
+            ) from None
+        raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
+    if stat.S_ISDIR(found.st_mode):
         path = _find_in_folder(path)
     if path.name.endswith(".json"):
         shards = _read_index(path)
@@ -170,8 +181,11 @@ def _refuse_other_kinds(path: Path) -> int:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait for ever; `read_header` says what it is
             return found.st_mtime_ns
-        with open(path, "rb") as file:
-            start = file.read(32)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            start = read_whole(descriptor, 32)
+        finally:
+            close_read(descriptor)
     except OSError as error:
         raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
     for magic, what in _MAGICS:
@@ -264,39 +278,58 @@ def _check_shard(index: Path, shard: Path, header: Header, listed: set[str]) -> 
 class TileReader:
     """Hands out byte ranges of a checkpoint's tensors; safe to use from several threads.
 
-    io: "mmap" gives views of the mapped file, "pread" reads into memory of its own (network drives; systems where a
-    mapping counts as committed memory). Both raise SourceReadError when the source shrinks, vanishes or fails.
+    io: "pread" reads into memory of its own; "mmap" gives views of the mapped file, where that is safe and possible, else
+    it reads too (`notes` says why). Both raise SourceReadError when the source shrinks, vanishes or fails. What a view
+    holds may change until it has been used: whoever has used one asks `confirm` before he believes what came of it.
+    Leaving the context asks for all files.
     """
 
-    def __init__(self, checkpoint: Checkpoint, io: str = "mmap"):
+    def __init__(self, checkpoint: Checkpoint, io: str = "pread"):
         self.checkpoint = checkpoint
+        self.notes: list[str] = []
         self.io = io
+        if io == "mmap" and (why := why_no_mapping()):
+            self._read_instead(why)
         self._handles = ExitStack()
         self._descriptors: list[int] = []
-        self._maps: list[mmap.mmap | None] = []
+        self._maps: list[Mapping | None] = []
 
     def __enter__(self) -> TileReader:
         try:
-            for file in self.checkpoint.files:
+            for number, file in enumerate(self.checkpoint.files):
                 with self._reading(file):
                     descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                    self._handles.callback(os.close, descriptor)
+                    self._handles.callback(close_read, descriptor)
                     self._descriptors.append(descriptor)
-                    self.check(len(self._descriptors) - 1)
-                    self._maps.append(self._map(descriptor, file.header.size) if self.io == "mmap" else None)
+                    self._maps.append(None)
+                    self.check(number)
+                    if self.io == "mmap":
+                        self._maps[number] = self._map(descriptor, file.header.size)
         except BaseException:
-            self.__exit__()
+            self._handles.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Views of a mapping may outlive it in a tile that failed; the mapping then goes with the last of them.
-        self._maps.clear()
+        damaged = [file for file, mapped in zip(self.checkpoint.files, self._maps, strict=True) if mapped and mapped.damaged]
         self._handles.close()
+        if damaged:  # whatever else has failed, has failed for that
+            raise self._unreadable(damaged[0])
 
-    @staticmethod
-    def _map(descriptor: int, size: int) -> mmap.mmap | None:
-        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+    def _map(self, descriptor: int, size: int) -> Mapping | None:
+        try:
+            mapping = Mapping(descriptor, size)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED | {errno.ENODEV}:
+                raise
+            self._read_instead("this filesystem cannot map them")
+            return None
+        self._handles.callback(mapping.close)
+        return mapping
+
+    def _read_instead(self, why: str) -> None:
+        self.io = "pread"
+        self.notes.append(f"Files are read instead of mapped: {why}.")
 
     def descriptor(self, file: int) -> int:
         return self._descriptors[file]
@@ -315,28 +348,39 @@ class TileReader:
         """Bytes [begin, end) of the tensor's data."""
         file = self.checkpoint.files[tensor.file]
         start = file.header.data_start + tensor.info.start + begin
-        # A mapping of a truncated file kills the process at the first touch: look before.
-        self.check(tensor.file)
         mapped = self._maps[tensor.file]
         if mapped is not None:
-            return memoryview(mapped)[start : start + end - begin]
+            self.check(tensor.file)
+            return mapped.view[start : start + end - begin]
         buffer = memoryview(np.empty(end - begin, dtype=np.uint8))
         with self._reading(file):
             count = read_at(self._descriptors[tensor.file], buffer, start)
+        self.check(tensor.file)  # afterwards: so what was read was there before any change
         if count < len(buffer):
             raise errors.SourceReadError(f"The source {printable(str(file.path), 300)} ended early: it was truncated.")
         return buffer
 
+    def confirm(self, number: int | None = None) -> None:
+        """Raise SourceReadError when a file (any, where no number is given) has changed or failed since it was opened."""
+        for file in range(len(self._maps)) if number is None else [number]:
+            mapped = self._maps[file]
+            if mapped is not None:
+                self.check(file)
+                if mapped.damaged:
+                    raise self._unreadable(self.checkpoint.files[file])
+
     def release(self, tensor: SourceTensor) -> None:
         """The tensor is done with: give its mapped pages back (they stay in the page cache)."""
         mapped = self._maps[tensor.file]
-        if mapped is None or tensor.info.nbytes < mmap.PAGESIZE or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = self.checkpoint.files[tensor.file].header.data_start + tensor.info.start
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + tensor.info.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        if length > 0:
-            mapped.madvise(mmap.MADV_DONTNEED, first, length)
+        if mapped is not None and tensor.info.nbytes >= mmap.PAGESIZE and hasattr(mmap, "MADV_DONTNEED"):
+            start = self.checkpoint.files[tensor.file].header.data_start
+            mapped.release(start + tensor.info.start, start + tensor.info.end)
+
+    @staticmethod
+    def _unreadable(file: SourceFile) -> errors.SourceReadError:
+        return errors.SourceReadError(
+            f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails; what was written is kept."
+        )
 
     @contextmanager
     def _reading(self, file: SourceFile) -> Iterator[None]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamquant import errors
-from streamquant.checkpoint.calls import UNSUPPORTED, close, close_read, repeated, sync_folder, writing
+from streamquant.checkpoint.calls import UNSUPPORTED, close, repeated, sync_folder, writing
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.positioned import read_at, write_at
+from streamquant.checkpoint.positioned import close_read, read_whole, write_at
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,8 @@ class PartialFile:
             write_at(self._descriptor, data, offset)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        buffer = bytearray(nbytes)
         with writing(self.partial):
-            count = read_at(self._descriptor, memoryview(buffer), offset)
-        return bytes(buffer[:count])
+            return read_whole(self._descriptor, nbytes, offset)
 
     def sync(self) -> None:
         """Make all that was written so far survive a power loss."""

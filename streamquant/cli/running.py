@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from streamquant.checkpoint.mapping import why_no_mapping
 from streamquant.errors import StreamquantError
 from streamquant.options import Options
 
@@ -63,5 +64,7 @@ def machine_options(command: Callable) -> Callable:
 
 
 def options_from(given: dict[str, Any]) -> Options:
-    """The Options that --threads and --io mean."""
+    """The Options that --threads and --io mean. Says so where files cannot be mapped: a conversion says it itself."""
+    if given["io"] == "mmap" and (why := why_no_mapping()) and not given["quiet"]:
+        click.echo(f"Files are read instead of mapped: {why}.", err=True)
     return Options(threads=given["threads"], io=given["io"])

@@ -111,6 +111,11 @@ class LayerKnowledge:
             columns, rows, hessian, strength=strength, sweeps=recipe.sweeps, careful=careful
         )  # fmt: skip
 
+    def confirm(self) -> None:
+        """Raise SourceReadError when what is known may be wrong, because the calibration file could not be read."""
+        if self.calibration is not None:
+            self.calibration.confirm()
+
     def notes(self) -> Iterator[str]:
         """What a person should know before the conversion starts."""
         yield from self._rotation_note()

@@ -50,6 +50,7 @@ static struct orders *orders;
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 #define DESCRIPTORS 4096
 static signed char where[DESCRIPTORS]; /* folder + 1 */
+static char names[DESCRIPTORS][256];  /* of what is open there */
 
 #define REAL(name) ({ static __typeof__(&name) real; if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name); real; })
 
@@ -83,6 +84,8 @@ static enum folder folder_of(const char *path) {
 static enum folder folder_of_descriptor(int descriptor) {
     return descriptor >= 0 && descriptor < DESCRIPTORS ? where[descriptor] - 1 : NOWHERE;
 }
+
+static const char *name_of(int descriptor) { return folder_of_descriptor(descriptor) == NOWHERE ? "" : names[descriptor]; }
 
 static void die(void) { kill(getpid(), SIGKILL); for (;;) pause(); }
 
@@ -156,7 +159,10 @@ static int opened(const char *path, int flags, mode_t mode, int (*real)(const ch
     struct stat before;
     int is_new = flags & O_CREAT && REAL(lstat)(path, &before) != 0;
     int descriptor = real(path, flags, mode);
-    if (descriptor >= 0 && descriptor < DESCRIPTORS) where[descriptor] = folder + 1;
+    if (descriptor >= 0 && descriptor < DESCRIPTORS) {
+        where[descriptor] = folder + 1;
+        snprintf(names[descriptor], sizeof names[0], "%s", path);
+    }
     if (descriptor >= 0 && folder == DESTINATION && kind == CREATE) {
         if (is_new) note(CREATE, descriptor, 0, 0, NULL, path, NULL);
         else if (flags & O_TRUNC) note(FTRUNCATE, descriptor, 0, 0, NULL, NULL, NULL);
@@ -193,7 +199,7 @@ DIR *opendir(const char *path) {
 int close(int descriptor) {
     enum folder folder = folder_of_descriptor(descriptor);
     if (!watching() || folder == NOWHERE) return REAL(close)(descriptor);
-    int how = strike(CLOSE, folder, NULL);
+    int how = strike(CLOSE, folder, name_of(descriptor));
     where[descriptor] = 0;
     int result = REAL(close)(descriptor); /* a descriptor is gone whatever close says */
     if (how == KILL_AFTER || how == KILL_HALF) die();
@@ -212,15 +218,15 @@ STAT_CALL(stat, (const char *path, struct stat *out), (path, out), folder_of(pat
 STAT_CALL(stat64, (const char *path, struct stat64 *out), (path, out), folder_of(path), path)
 STAT_CALL(lstat, (const char *path, struct stat *out), (path, out), folder_of(path), path)
 STAT_CALL(lstat64, (const char *path, struct stat64 *out), (path, out), folder_of(path), path)
-STAT_CALL(fstat, (int fd, struct stat *out), (fd, out), folder_of_descriptor(fd), NULL)
-STAT_CALL(fstat64, (int fd, struct stat64 *out), (fd, out), folder_of_descriptor(fd), NULL)
+STAT_CALL(fstat, (int fd, struct stat *out), (fd, out), folder_of_descriptor(fd), name_of(fd))
+STAT_CALL(fstat64, (int fd, struct stat64 *out), (fd, out), folder_of_descriptor(fd), name_of(fd))
 STAT_CALL(statvfs, (const char *path, struct statvfs *out), (path, out), folder_of(path), path)
 STAT_CALL(statvfs64, (const char *path, struct statvfs64 *out), (path, out), folder_of(path), path)
-STAT_CALL(fstatvfs64, (int fd, struct statvfs64 *out), (fd, out), folder_of_descriptor(fd), NULL)
+STAT_CALL(fstatvfs64, (int fd, struct statvfs64 *out), (fd, out), folder_of_descriptor(fd), name_of(fd))
 
 int flock(int fd, int operation) {
     if (!watching()) return REAL(flock)(fd, operation);
-    WATCHED(int, FLOCK, folder_of_descriptor(fd), NULL, REAL(flock)(fd, operation), );
+    WATCHED(int, FLOCK, folder_of_descriptor(fd), name_of(fd), REAL(flock)(fd, operation), );
 }
 
 /* -- reading */
@@ -230,7 +236,7 @@ int flock(int fd, int operation) {
         struct iovec half;                                                                     \
         (void)half;                                                                            \
         if (!watching()) return REAL(name) arguments;                                          \
-        int how = strike(READ, folder_of_descriptor(fd), NULL);                                \
+        int how = strike(READ, folder_of_descriptor(fd), name_of(fd));                                \
         if (how == FAIL || how == LATE) { errno = orders->error; return -1; }                  \
         if (how == END) return 0;                                                              \
         if (how == SHORT) { shorten; }                                                         \
@@ -251,7 +257,7 @@ READ_CALL(preadv64v2, (int fd, const struct iovec *vector, int parts, off64_t at
 #define MMAP_CALL(name, offset_type)                                                           \
     void *name(void *address, size_t length, int protection, int flags, int fd, offset_type at) { \
         if (!watching() || fd < 0) return REAL(name)(address, length, protection, flags, fd, at); \
-        WATCHED(void *, MMAP, folder_of_descriptor(fd), NULL, REAL(name)(address, length, protection, flags, fd, at), ); \
+        WATCHED(void *, MMAP, folder_of_descriptor(fd), name_of(fd), REAL(name)(address, length, protection, flags, fd, at), ); \
     }
 MMAP_CALL(mmap, off_t)
 MMAP_CALL(mmap64, off64_t)
@@ -259,7 +265,7 @@ MMAP_CALL(mmap64, off64_t)
 #define FADVISE_CALL(name, offset_type)                                                        \
     int name(int fd, offset_type at, offset_type length, int advice) {                         \
         if (watching()) {                                                                      \
-            int how = strike(FADVISE, folder_of_descriptor(fd), NULL);                         \
+            int how = strike(FADVISE, folder_of_descriptor(fd), name_of(fd));                         \
             if (how == FAIL || how == LATE) return orders->error;                              \
             if (how == KILL_AFTER || how == KILL_HALF) die();                                  \
         }                                                                                      \
@@ -272,7 +278,7 @@ FADVISE_CALL(posix_fadvise64, off64_t)
 
 static ssize_t written(enum kind kind, int fd, const void *data, size_t count, off64_t at) {
     enum folder folder = folder_of_descriptor(fd);
-    int how = strike(kind, folder, NULL);
+    int how = strike(kind, folder, name_of(fd));
     if (how == FAIL || how == LATE) { errno = orders->error; return -1; }
     if ((how == SHORT || how == KILL_HALF) && count > 1) count /= 2;
     int logged = folder == DESTINATION && orders->log >= 0;
@@ -303,7 +309,7 @@ ssize_t pwrite64(int fd, const void *data, size_t count, off64_t at) {
     int name(int fd) {                                                                         \
         enum folder folder = folder_of_descriptor(fd);                                         \
         if (!watching() || folder == NOWHERE) return REAL(name)(fd);                           \
-        int how = strike(kind, folder, NULL);                                                  \
+        int how = strike(kind, folder, name_of(fd));                                                  \
         if (how == FAIL) { errno = orders->error; return -1; }                                 \
         /* What was written before it began is durable once it returns: noted before, believed after. */ \
         if (folder == DESTINATION) {                                                           \
@@ -320,7 +326,7 @@ SYNC_CALL(fdatasync, FDATASYNC)
 #define SIZE_CALL(name, kind, parameters, arguments, size)                                     \
     int name parameters {                                                                      \
         if (!watching()) return REAL(name) arguments;                                          \
-        WATCHED(int, kind, folder_of_descriptor(fd), NULL, REAL(name) arguments,               \
+        WATCHED(int, kind, folder_of_descriptor(fd), name_of(fd), REAL(name) arguments,               \
                 if (folder_of_descriptor(fd) == DESTINATION && !_result) note(kind, fd, 0, size, NULL, NULL, NULL)); \
     }
 SIZE_CALL(ftruncate, FTRUNCATE, (int fd, off_t length), (fd, length), length)
