@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
+FUZZ_SECONDS ?= 1800
 
-.PHONY: help install demo test test-comfyui lint bench clean
+.PHONY: help install demo test test-comfyui fuzz lint bench clean
 
 help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
 	@echo "make test     run all tests"
 	@echo "make test-comfyui COMFYUI_PATH=...   run the node pack's tests against a real ComfyUI"
+	@echo "make fuzz     attack everything that reads files or takes patterns, for FUZZ_SECONDS (1800) in all"
 	@echo "make lint     check the style"
 	@echo "make bench    measure against cp and the peers (long)"
 	@echo "make clean    remove what make made"
@@ -40,6 +42,9 @@ test: $(STAMP) lint
 # ComfyUI's own packages must be in this environment too; see tests/comfyui.
 test-comfyui: $(STAMP)
 	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest tests/comfyui
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/campaign.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS) --record
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -85,6 +85,11 @@ def printable(name: str, limit: int = 120) -> str:
     return shown if len(name) <= limit else f"{shown}... ({len(name):,} characters)"
 
 
+def printable_lines(text: str, limit: int = 1 << 16) -> str:
+    """As `printable`, of a text whose line ends are meant: of a message, say."""
+    return "\n".join(printable(line, limit) for line in text.split("\n"))
+
+
 @contextmanager
 def _explained(where: str, advice: str) -> Iterator[None]:
     """Make a sentence of a fault raised inside, which says only what is wrong: add where it is and what to do."""
