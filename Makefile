@@ -6,14 +6,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
+FUZZ_SECONDS ?= 1800
 
-.PHONY: help install demo test test-comfyui faults lint bench clean
+.PHONY: help install demo test test-comfyui faults fuzz lint bench clean
 
 help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
 	@echo "make test     run all tests"
 	@echo "make test-comfyui COMFYUI_PATH=...   run the node pack's tests against a real ComfyUI"
 	@echo "make faults   strike at every system call, kill and cut the power hundreds of times (long)"
+	@echo "make fuzz     attack everything that reads files or takes patterns, for FUZZ_SECONDS (1800) in all"
 	@echo "make lint     check the style"
 	@echo "make bench    measure against cp and the peers (long)"
 	@echo "make clean    remove what make made"
@@ -46,6 +48,9 @@ test-comfyui: $(STAMP)
 # benchmarks/results/endurance.csv.
 faults: $(STAMP)
 	$(BIN)/python tests/faults/everything.py
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/campaign.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS) --record
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

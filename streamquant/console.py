@@ -24,12 +24,13 @@ from rich.table import Table
 from rich.text import Text
 
 from streamquant.budget import TileSizes, anonymous_bytes
-from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.header import printable, printable_lines
 from streamquant.errors import StreamquantError
 from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
 from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
+from streamquant.verdict import finite
 
 MEBIBYTE = 1 << 20
 PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
@@ -57,8 +58,8 @@ class Screen:
         self.err = err or Console(stderr=True, highlight=False)
 
     def line(self, event: str, **values: Any) -> None:
-        """One JSON line on standard output."""
-        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+        """One JSON line on standard output, in ASCII; what JSON cannot hold (NaN, infinity) is null."""
+        sys.stdout.write(json.dumps(finite({"event": event, **values}), allow_nan=False) + "\n")
         sys.stdout.flush()
 
     def fail(self, error: StreamquantError, go_on_with: str | None = None) -> None:
@@ -66,9 +67,9 @@ class Screen:
         if self.as_json:
             kind = type(error).__name__
             self.line("error", kind=kind, message=str(error), exit_code=error.exit_code, resume=go_on_with)
-        self.err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        self.err.print(Text.assemble(("error: ", "bold red"), printable_lines(str(error))), soft_wrap=True)
         if go_on_with:
-            self.err.print(Text.assemble(("go on with: ", "bold"), go_on_with), soft_wrap=True)
+            self.err.print(Text.assemble(("go on with: ", "bold"), printable_lines(go_on_with)), soft_wrap=True)
 
     @contextmanager
     def watching(self) -> Iterator[Any]:
@@ -141,7 +142,7 @@ class Bar(Silent):
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(printable_lines(text)))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._budget = tiles.memory_budget
@@ -166,7 +167,7 @@ class PlainLines(Silent):
         self._start = self._last = time.monotonic()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(printable_lines(text)), soft_wrap=True)
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._done, self._total = done_bytes, plan.source_bytes
@@ -310,12 +311,12 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> lis
     for (rule, becomes), units in _by_rule(plan).items():
         read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
-        table.add_row(Text(rule), becomes, str(len(units)), decimal(read), decimal(written))
-    parts: list[Table | Text] = [*(Text(note) for note in plan.notes), table]
+        table.add_row(Text(printable(rule, 300)), becomes, str(len(units)), decimal(read), decimal(written))
+    parts: list[Table | Text] = [*(Text(printable_lines(note)) for note in plan.notes), table]
     fallbacks = fallback_units(plan)
     if fallbacks:
         parts.append(Text(f"\nNot as asked for ({len(fallbacks)}):", style="bold"))
-        parts += [Text(f"  {printable(unit.key)}: {unit.reason}") for unit in fallbacks[:LISTED]]
+        parts += [Text(f"  {printable(unit.key)}: {printable(str(unit.reason), 300)}") for unit in fallbacks[:LISTED]]
         if len(fallbacks) > LISTED:
             parts.append(Text(f"  and {len(fallbacks) - LISTED} more (--json lists all)"))
     if plan.removed:

@@ -16,6 +16,7 @@ from streamquant.errors import PatternError
 SEARCH_SECONDS = 2.0
 TOTAL_SECONDS = 20.0
 MAX_LENGTH = 200_000  # characters: thousands of layers by name; compiling takes seconds from there on, and cannot be stopped
+MAX_UNROLLED = 50_000  # parts of a pattern whose counted repetitions are written out, as the engine does
 SHOWN = 72  # characters of a pattern around the fault
 
 
@@ -35,6 +36,11 @@ class Pattern:
             raise PatternError(
                 f"{self.origin} is {len(self.text):,} characters long, more than {MAX_LENGTH:,}: say what the names have in "
                 f"common."
+            )
+        if _unrolled(self.text) > MAX_UNROLLED:
+            raise PatternError(
+                f"{self.origin} '{printable(self.text)}' repeats a part more than {MAX_UNROLLED:,} times, which fills "
+                f"the memory: write * or + instead of the number."
             )
         try:
             with warnings.catch_warnings():
@@ -72,9 +78,39 @@ class Pattern:
             return bool(found)
         except TimeoutError:
             raise self._too_slow(f"{SEARCH_SECONDS:g} s on one name") from None
+        except MemoryError:
+            raise self._too_slow("the memory it may have on one name") from None
 
     def _too_slow(self, how: str) -> PatternError:
         shown = printable(self.text)
         return PatternError(
             f"{self.origin} '{shown}' takes more than {how}: nested repetition such as (a+)+ explodes, write it without."
         )
+
+
+_PART = regex.compile(r"\\.|\{(\d+)(?:,\d*)?\}|.", regex.DOTALL)
+
+
+def _unrolled(text: str) -> int:
+    """About how many parts the engine compiles: it writes `x{1000}` out a thousand times, nested ones times each other.
+
+    Character classes are not understood, so that their brackets and braces count as if they meant something.
+    """
+    levels, last = [0], 0  # parts in each open group; parts in what a repetition would repeat
+    for part in _PART.finditer(text):
+        if part[0] == "(":
+            levels.append(0)
+            continue
+        if part[1]:
+            added = last * max(int(part[1][:9]) - 1, 0)
+            last += added
+        elif part[0] == ")":
+            added = last = levels[-1]
+            if len(levels) > 1:
+                levels.pop()
+            else:
+                added = 0
+        else:
+            added = last = 1
+        levels[-1] += added
+    return sum(levels)

@@ -46,6 +46,7 @@ FORMAT, VERSION = "streamquant-calibration", "1"
 # What loaders, wrappers and compilers put before a layer's name; more than one may be there.
 PREFIXES = ("model.", "diffusion_model.", "transformer.", "unet.", "net.", "module.", "_orig_mod.", "base_model.")
 _DTYPES = {"count": "I64", "mean": "F32", "diagonal": "F32", "sketch": "F32", "hessian": "F32"}
+_DIMENSIONS = {"count": 0, "mean": 1, "diagonal": 1, "sketch": 2, "hessian": 2}
 _NUMPY = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
 
 
@@ -188,8 +189,9 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, info in header.tensors.items():
         layer, _, part = name.rpartition(".")
-        if not layer or _DTYPES.get(part) != info.dtype or (part == "count" and info.shape != ()):
-            raise CalibrationError(f"{shown}: {printable(name)} ({info.dtype}) has no place in a calibration file.")
+        if not layer or _DTYPES.get(part) != info.dtype or len(info.shape) != _DIMENSIONS[part]:
+            what = f"{printable(name)} ({info.dtype}, {len(info.shape)}-D)"
+            raise CalibrationError(f"{shown}: {what} has no place in a calibration file.")
         raw = data[header.data_start + info.start : header.data_start + info.end]
         # The data section need not be aligned to 4 bytes in a file that others wrote.
         parts.setdefault(layer, {})[part] = np.frombuffer(raw, dtype=_NUMPY[info.dtype]).reshape(info.shape)
@@ -197,10 +199,6 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     for layer, arrays in parts.items():
         if missing := {"count", "mean", "diagonal"} - arrays.keys():
             raise CalibrationError(f"{shown}: {printable(layer)} lacks its {' and '.join(sorted(missing))}.")
-        if arrays["diagonal"].ndim != 1 or any(
-            arrays[part].ndim != 2 for part in ("sketch", "hessian") if part in arrays
-        ):
-            raise CalibrationError(f"{shown}: {printable(layer)} has a diagonal or moments of the wrong dimension.")
         count = int(arrays.pop("count"))
         layers[layer] = LayerStatistics(count, seed=int(seed), **arrays)
         try:

@@ -203,7 +203,8 @@ def differences(old: Any, new: Any) -> list[str]:
     """How two fingerprints differ, one phrase per difference, named by its place."""
     before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
     return [
-        f"{place} was {printable(json.dumps(before.get(place)), 80)}, is {printable(json.dumps(after.get(place)), 80)}"
+        f"{printable(place)} was {printable(json.dumps(before.get(place)), 80)}, "
+        f"is {printable(json.dumps(after.get(place)), 80)}"
         for place in sorted(before.keys() | after.keys())
         if before.get(place) != after.get(place)
     ]

@@ -231,10 +231,12 @@ def _shard_path(index: Path, name: str) -> Path:
         found = path.stat()
         real = path.resolve(strict=True)
         homes = _homes(index)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no filesystem takes
+    except ValueError:  # a name that no filesystem takes
         raise errors.ShardMissingError(f"{where}, which is not there: download it.") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise errors.SourceReadError(f"{where}, which cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            raise errors.ShardMissingError(f"{where}, which is not there ({error.strerror}): download it.") from None
+        raise errors.SourceReadError(f"{where}, which cannot be read ({error.strerror}).") from None
     if not stat.S_ISREG(found.st_mode):
         raise errors.ShardMissingError(f"{where}, which is no regular file: download it.")
     if not any(real.is_relative_to(home) for home in homes):

@@ -20,6 +20,7 @@ from .convert import convert
 from .dequantize import dequantize
 from .doctor import doctor
 from .inspect import inspect
+from .safe import Program
 from .verify import verify
 
 MAX_WIDTH = 100
@@ -38,7 +39,7 @@ def _show_version(context: click.Context, _: Any, wanted: bool) -> None:
         context.exit()
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Program, context_settings=CONTEXT)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions.")
 def main() -> None:
     """Turn a huge diffusion checkpoint into a small one, in constant memory."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 
 from streamquant import presets
 from streamquant.cli.running import stop_on_signals
+from streamquant.cli.safe import command_line
 from streamquant.cli.words import Size
 from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
@@ -154,7 +154,7 @@ def convert(**given: Any) -> None:
         _convert(given, screen)
     except RunError as error:
         hint = "" if isinstance(error, InterruptedRunError) and given["resume"] else " --resume"
-        screen.fail(error, go_on_with=shlex.join(["streamquant", *sys.argv[1:]]) + hint)
+        screen.fail(error, go_on_with=command_line(["streamquant", *sys.argv[1:]]) + hint)
         sys.exit(error.exit_code)
     except StreamquantError as error:
         screen.fail(error)

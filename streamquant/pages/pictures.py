@@ -19,6 +19,8 @@ INK = "#010203"  # stands for the page's own text colour, and is replaced by it
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 CELL, LEFT, RIGHT, PANEL = 0.24, 1.7, 1.3, 0.75  # inches: of a cell, beside the cells, above and below those of a stack
+MAX_BLOCKS, MAX_KINDS, MAX_STACKS, MAX_POINTS, MAX_FORMATS = 400, 100, 24, 20_000, 12  # more of them no picture shows
+MAX_DIGITS = 18  # of a block's number
 _NUMBER = re.compile(r"(?<![0-9A-Za-z_])\d+(?![0-9A-Za-z_])")
 
 
@@ -61,19 +63,25 @@ def _svg(figure: Any, label: str) -> str:
 
 
 def blocks_and_kinds(points: Sequence[Point]) -> dict[str, tuple[list[int], list[str], np.ndarray]]:
-    """Layers in blocks: stack -> (block numbers, kinds of layer, errors [kinds, blocks], NaN where there is no layer)."""
+    """Layers in blocks: stack -> (block numbers, kinds of layer, errors [kinds, blocks], NaN where there is no layer).
+
+    Stacks too large for a picture are left out: a file can name a million blocks of a million kinds.
+    """
     stacks: dict[str, dict[tuple[int, str], float]] = {}
     for point in points:
         match = _NUMBER.search(point.name)
-        if match and math.isfinite(point.error):
+        if match and len(match[0]) <= MAX_DIGITS and math.isfinite(point.error):
             stack, kind = point.name[: match.start()].rstrip("."), point.name[match.end() :].lstrip(".")
             stacks.setdefault(stack, {})[int(match[0]), kind] = point.error
     tables = {}
     for stack, cells in stacks.items():
         blocks, kinds = sorted({block for block, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
+        if len(blocks) > MAX_BLOCKS or len(kinds) > MAX_KINDS:
+            continue
+        rows, columns = ({value: place for place, value in enumerate(values)} for values in (kinds, blocks))
         grid = np.full((len(kinds), len(blocks)), np.nan)
         for (block, kind), error in cells.items():
-            grid[kinds.index(kind), blocks.index(block)] = error
+            grid[rows[kind], columns[block]] = error
         tables[stack] = (blocks, kinds, grid)
     return tables
 
@@ -83,6 +91,8 @@ def heat_map(points: Sequence[Point]) -> str | None:
     tables = {stack: table for stack, table in blocks_and_kinds(points).items() if (table[2] > 0).sum() > 1}
     if not tables:
         return None
+    largest = sorted(tables, key=lambda stack: -tables[stack][2].size)[:MAX_STACKS]
+    tables = {stack: table for stack, table in tables.items() if stack in largest}
     _, Figure, settings = _matplotlib()
     from matplotlib.colors import LogNorm
 
@@ -140,15 +150,18 @@ def error_against_size(points: Sequence[Point]) -> str | None:
     drawn = [point for point in points if math.isfinite(point.error) and point.error > 0 and point.output_bytes]
     if not drawn:
         return None
+    drawn = sorted(drawn, key=lambda point: -point.error)[:MAX_POINTS]
     _, Figure, settings = _matplotlib()
     from matplotlib.ticker import FuncFormatter
 
     with settings:
         figure = Figure(figsize=(7.2, 3.6))
         panel = figure.subplots()
-        formats = list(dict.fromkeys(point.format for point in drawn))
-        for number, name in enumerate(formats):
-            chosen = [point for point in drawn if point.format == name]
+        formats: dict[str, list[Point]] = {}
+        for point in drawn:
+            known = point.format in formats or len(formats) < MAX_FORMATS
+            formats.setdefault(point.format if known else "others", []).append(point)
+        for number, (name, chosen) in enumerate(formats.items()):
             panel.scatter(
                 [point.output_bytes / 1e6 for point in chosen], [point.error for point in chosen], s=26, alpha=0.85,
                 linewidths=0, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],

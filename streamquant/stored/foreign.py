@@ -71,7 +71,7 @@ def read_gguf(path: Path) -> GgufSummary | None:
         for tensor in reader.tensors:
             tensors[tensor.tensor_type.name] += 1
             sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+    except Exception as error:  # whatever that package raises on a file, the file is not what it says
         raise errors.HeaderError(
             f"{printable(str(path), 300)}: its GGUF header is damaged ({printable(str(error))})."
         ) from None

@@ -29,6 +29,7 @@ SCALE_DTYPES = ("F32", "BF16", "F16", "F64", "F8_E8M0")
 ORIGINS = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 STATE_ORIGINS = {name: tag for tag, name in DTYPE_NAMES.items() if tag != "F64"}
 INT8_DIVISOR = 127.0
+MAX_BLOCK_SIZE = 1 << 16  # bitsandbytes' largest is 4096
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _scaled(
 
 def _extent_fault(name: str, count: int, shape: tuple[int, ...], row_block: int, column_block: int) -> str | None:
     """Why a loader that goes by the format's name would use these scales wrongly, or None."""
+    name = printable(name, 40)
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return None if count == 1 else f"{name} has one scale, and it has {count:,}"
     by_row = count == 1 or (row_block == 1 and column_block >= shape[-1])
@@ -190,7 +192,7 @@ def _bitsandbytes(tensors: dict[str, SourceTensor], marker: dict[str, Any] | Non
     name = f"bnb_{book}"
     loaders = (BITSANDBYTES, NODES)
     shape, block_size = _shape(state.get("shape")), state.get("blocksize")
-    if book not in ("nf4", "fp4") or shape is None or not isinstance(block_size, int) or block_size < 2 or block_size % 2:
+    if book not in ("nf4", "fp4") or shape is None or not _is_block_size(block_size):
         return _unknown(name, tensors, "its quant_state is not one of bitsandbytes 4-bit", loaders)
     if state.get("quant_type") != book:
         return _unknown(name, tensors, "its quant_state names two code books", loaders)
@@ -204,7 +206,7 @@ def _core_nf4(tensors: dict[str, SourceTensor], marker: dict[str, Any]) -> Found
     renamed = {"weight": tensors["weight"]}
     renamed |= {"weight.absmax": tensors["weight_scale"]} if "weight_scale" in tensors else {}
     renamed |= {"weight.quant_map": tensors["weight_code"]} if "weight_code" in tensors else {}
-    if shape is None or not isinstance(block_size, int) or block_size < 2 or block_size % 2 or marker.get("double_quant"):
+    if shape is None or not _is_block_size(block_size) or marker.get("double_quant"):
         return _unknown("nf4", tensors, "its marker does not say its shape and block size", (NODES,))
     return _blocks(renamed, "nf4", "nf4", shape, block_size, STATE_ORIGINS.get(str(marker.get("dtype"))), (NODES,), {})
 
@@ -289,6 +291,11 @@ def _microscaled(
 
 def _unknown(name: str, tensors: dict[str, SourceTensor], fault: str, loaders: tuple[str, ...] = ()) -> Found:
     return Found(name, "cannot be decoded here", tensors["weight"].info.shape, None, None, loaders, (fault,))
+
+
+def _is_block_size(value: Any) -> bool:
+    """Whether 4-bit blocks may have this size. A tile decodes whole blocks: one as large as its layer would fill the memory."""
+    return type(value) is int and 2 <= value <= MAX_BLOCK_SIZE and value % 2 == 0
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

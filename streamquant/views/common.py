@@ -79,7 +79,7 @@ def count(number: int, noun: str) -> str:
 
 def sentences(heading: str, lines: list[str]) -> list[Text]:
     """A heading and the first few lines under it."""
-    parts = [Text(f"\n{heading}", style="bold"), *(Text(f"  {line}") for line in lines[:LISTED])]
+    parts = [Text(f"\n{heading}", style="bold"), *(Text(f"  {printable(line, 4096)}") for line in lines[:LISTED])]
     if len(lines) > LISTED:
         parts.append(Text(f"  and {len(lines) - LISTED:,} more (--json lists all)"))
     return parts

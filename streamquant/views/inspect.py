@@ -18,6 +18,7 @@ from streamquant.stored.foreign import GgufSummary
 from .common import count, name_of, path_of, sentences, shape_of, table
 
 METADATA_SHOWN = 8
+MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
 VALUE_LENGTH = 60
 
 
@@ -91,21 +92,24 @@ def _provenance(found: Inspection) -> list[str]:
     """One sentence per distinct conversion."""
     said = []
     for entry in found.provenance:
-        sources = [part.get("name", "?") for part in entry.get("source", ()) if isinstance(part, dict)]
+        listed = entry.get("source")
+        sources = [part.get("name", "?") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
         source = printable(str(sources[0])) + (f" and {len(sources) - 1} more" if len(sources) > 1 else "") if sources else "?"
         what = "decoded" if entry.get("dequantized") else _recipe(entry.get("recipe") or {})
         said.append(f"streamquant {printable(str(entry.get('version', '?')), 20)} from {source}: {what}")
     return list(dict.fromkeys(said))
 
 
-def _recipe(recipe: dict[str, Any]) -> str:
+def _recipe(recipe: Any) -> str:
     """A recorded recipe in a few words."""
+    if not isinstance(recipe, dict):
+        return "?"
     words = [_choice(recipe.get("base"))]
     if recipe.get("custom_layers"):
         words.append(f"{printable(str(recipe['custom_layers']), VALUE_LENGTH)} as {_choice(recipe.get('custom'))}")
     if recipe.get("exclude_layers"):
         words.append(f"without {printable(str(recipe['exclude_layers']), VALUE_LENGTH)}")
-    if recipe.get("layer_config"):
+    if isinstance(recipe.get("layer_config"), list) and recipe["layer_config"]:
         words.append(f"layer config of {len(recipe['layer_config'])}")
     presets = recipe.get("preset")
     if isinstance(presets, list) and presets:
@@ -151,7 +155,7 @@ def tree_view(found: Inspection) -> Tree:
     root: dict[str, Any] = {}
     for names in fold_all(named):
         branch = root
-        parts = spell(names).split(".")
+        parts = spell(names).split(".", MAX_LEVELS)
         for part in parts[:-1]:
             branch = branch.setdefault(part, {})
         branch.setdefault(parts[-1], {})[None] = [named[name] for name in names]

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.header import printable, printable_lines
 from streamquant.verdict import LayerCheck, Verdict
 
 from .common import count, decibels, name_of, path_of, ratio, sentences, table
@@ -16,7 +16,7 @@ from .common import count, decibels, name_of, path_of, ratio, sentences, table
 
 def verdict_view(found: Verdict) -> list[Table | Text]:
     """A table by format, what is wrong, and the verdict."""
-    parts: list[Table | Text] = [Text(note) for note in found.notes]
+    parts: list[Table | Text] = [Text(printable_lines(note)) for note in found.notes]
     if found.layers:
         parts.append(_formats(found))
     if found.removed:

@@ -132,10 +132,11 @@ def _renamed(name: str, chance: random.Random) -> str:
 
 def _json_text(text: str, chance: random.Random) -> str:
     """JSON with one value changed, or damaged."""
+    text = str(text)  # metadata that was changed may be any JSON
     try:
-        value = json.loads(str(text))
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        value, text = {}, "{}"
+        value = {}
     if chance.random() < 0.1:
         return chance.choice(("[" * 300 + "]" * 300, '{"a":' * 400 + "1" + "}" * 400, "null", "[]", text[:-1], text + "\0", " " + text, "1" * 5000))
     return json.dumps(_changed(value, chance, 4))

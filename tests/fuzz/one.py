@@ -1,4 +1,4 @@
-"""Fuzz one target: `python tests/fuzz/one.py TARGET CORPUS CRASHES SECONDS`, as `campaign.py` does. The last line of output is JSON with counts.
+"""Fuzz one target: `python tests/fuzz/one.py TARGET CORPUS CRASHES SECONDS`, as `campaign.py` does.
 
 An exception other than a refusal, an input that takes more than 5 seconds, and an allocation far beyond its size end the
 run with an exit code, and leave the input in the folder CRASHES.
@@ -6,18 +6,15 @@ run with an exit code, and leave the input in the folder CRASHES.
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import atheris
-from mutate import mutate
 
 with atheris.instrument_imports(include=["streamquant"]):
     import targets
+    from mutate import mutate
 
 SLOWEST = 5  # seconds for one input
 LARGEST = 1 << 16  # bytes of an input
@@ -27,31 +24,17 @@ ROOM = 192 << 20  # bytes that a run may add to the process: 3,000 times the lar
 def main() -> None:
     name, corpus, crashes, seconds = sys.argv[1:5]
     target = targets.TARGETS[name]
-    runs, started = 0, time.monotonic()
-
-    def one(data: bytes) -> None:
-        nonlocal runs
-        runs += 1
-        target.run(data)
 
     def mutated(data: bytes, size: int, seed: int) -> bytes:
         return mutate(data, size, seed, atheris.Mutate)
 
     for seed in sorted(Path(corpus).iterdir()):  # what is imported or compiled late is there before memory is counted
-        one(seed.read_bytes())
+        target.run(seed.read_bytes())
     _limit_memory()
     flags = [f"-max_total_time={seconds}", f"-timeout={SLOWEST}", f"-max_len={LARGEST}", f"-artifact_prefix={crashes}/{name}-",
              "-rss_limit_mb=0", "-print_final_stats=1", "-len_control=0"]  # fmt: skip
-    atheris.Setup([sys.argv[0], *flags, *sys.argv[5:], corpus], one, **({"custom_mutator": mutated} if target.is_file else {}))
-    _at_exit(lambda: print(json.dumps({"target": name, "runs": runs, "seconds": round(time.monotonic() - started, 1)}), flush=True))
+    atheris.Setup([sys.argv[0], *flags, *sys.argv[5:], corpus], target.run, **({"custom_mutator": mutated} if target.is_file else {}))
     atheris.Fuzz()
-
-
-def _at_exit(report) -> None:
-    import atexit
-
-    atexit.register(report)
-    atexit.register(shutil.rmtree, targets.FOLDER, ignore_errors=True)
 
 
 def _limit_memory() -> None:
