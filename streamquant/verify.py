@@ -290,7 +290,9 @@ class _Check:
             return True
         if expected is None:
             return measured > ALWAYS_SUSPECT
-        off = abs(difference.factor - 1) if difference.factor is not None and difference.weight else 0.0
+        off = 0.0
+        if difference.factor is not None and difference.weight and expected < 1:  # else nothing need be left of the weights
+            off = abs(difference.factor - 1)
         return measured > OUT_OF_LINE * expected or off > FACTOR_TOLERANCE + FACTOR_SHARE * expected**2
 
     def _case(self, pair: Pair, found: _Sum) -> Case:

@@ -10,13 +10,15 @@ import math
 
 import numpy as np
 
+from streamquant.formats.fp8 import SMALLEST_ABSMAX
+from streamquant.formats.int8 import SMALLEST_SCALE
 from streamquant.kernels import ErrorSums, select
 from streamquant.kernels.codebooks import INT8_MAX
 
 from .four_bit import Blocks4bit
 from .layouts import Layout, ScaledCodes, largest_value, rotate
 
-SMALLEST_ABSMAX = np.float32(1e-12)
+SMALLEST_BLOCK = 1e-36  # from which down float32 has too few digits left to speak of an error
 NESTED_SLACK = 0.02  # of an absmax in 8 bits, beside what the codes make
 ROUNDING_SLACK = 1e-6  # of float32 arithmetic, where a format represents all weights exactly
 
@@ -33,6 +35,11 @@ def nearest_error(layout: Layout, reference: np.ndarray, absmax: float | None) -
         return _scaled_error(layout, reference, absmax)
     if isinstance(layout, Blocks4bit):
         sums = ErrorSums()
+        largest = float(np.abs(reference).max(initial=0.0))
+        if 0 < largest < SMALLEST_BLOCK:
+            return 1.0
+        # Brought near 1, where squares neither vanish nor overflow; the error of a block does not depend on its size.
+        reference = np.ldexp(reference, -math.frexp(largest)[1])
         _backend().bnb4(_load(reference), layout.block_size, layout.book_name, sums)
         return _relative(sums) + (NESTED_SLACK if layout.nested else ROUNDING_SLACK)
     return 0.0 if layout.relative_error is None else layout.relative_error
@@ -45,14 +52,16 @@ def _scaled_error(layout: ScaledCodes, reference: np.ndarray, absmax: float | No
         return None
     sums, tile = ErrorSums(), _load(values)
     dtype = layout.codes.info.dtype
-    per_run = np.maximum(per_run, SMALLEST_ABSMAX)
     if dtype == "I8":
-        _backend().int8(tile, run, per_run / np.float32(INT8_MAX), sums)
+        smallest = SMALLEST_SCALE["block" if layout.row_block > 1 else "row"]
+        _backend().int8(tile, run, np.maximum(per_run / np.float32(INT8_MAX), smallest), sums)
     else:
-        scale = per_run / np.float32(largest_value(dtype))
+        scale = np.maximum(per_run, SMALLEST_ABSMAX) / np.float32(largest_value(dtype))
         if layout.scale is None:
             scale = np.ones_like(per_run)
         _backend().fp8(tile, run, np.float32(1) / scale, scale, {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}[dtype], sums)
+    if not sums.weight and reference.any():
+        return 1.0  # too small to be squared, and far below the smallest code
     return _relative(sums) + ROUNDING_SLACK
 
 

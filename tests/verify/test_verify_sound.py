@@ -36,6 +36,18 @@ def test_every_format_we_write(tmp_path, name, share):
         assert ours == pytest.approx(theirs, rel=1e-2 if "double" in name else 1e-3, abs=1e-7)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-9, 1e-11, 1e-13, 1e-20, 1e-30, 1e-41, 1e30])
+@pytest.mark.parametrize("name", [name for name in EVERY_FORMAT if "cast" not in name])
+def test_weights_below_the_smallest_scale_and_beyond_what_can_be_squared(tmp_path, name, size):
+    """Every format has a smallest scale, below which a layer becomes zeros: that is what the format does, and no fault."""
+    layer = np.random.default_rng(5).standard_normal((64, 128)) * size
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(layer, "F32"), "b.weight": of_values(layer)})
+    output = tmp_path / "output.safetensors"
+    streamquant.convert(source, output, EVERY_FORMAT[name])
+    found = verify(source, output)
+    assert found.sound, found.findings
+
+
 @pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_files_of_other_programs(tmp_path, name):
     w = weight(96, 128)
