@@ -36,6 +36,16 @@ _workdir = click.option(
     show_default=True,
     help="Where sources, outputs and the peers' environments go.",
 )
+_others = click.option(
+    "--others/--no-others", default=True, show_default=True, help="Also other libraries, in their own environments."
+)
+_cold = click.option(
+    "--cold",
+    type=click.Choice(["system", "file", "none"]),
+    default="file",
+    show_default=True,
+    help="What to drop from the page cache before each run: all of it, the source, or nothing.",
+)
 _threads = click.option("--threads", type=int, default=None, help="Threads to compute with.")
 
 
@@ -101,13 +111,7 @@ def generate(
 @click.option("--runs", type=int, default=3, show_default=True)
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Also run convert-to-quant, once a case.")
 @click.option("--memory-budget", default="1GiB", show_default=True, callback=_check_sizes)
-@click.option(
-    "--cold",
-    type=click.Choice(["system", "file", "none"]),
-    default="file",
-    show_default=True,
-    help="What to drop from the page cache before each run: all of it, the source, or nothing.",
-)
+@_cold
 @click.option("--keep", is_flag=True, help="Keep the last output of each contender in each case.")
 @_threads
 @_workdir
@@ -147,8 +151,12 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@_others
 @_threads
-def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None) -> None:
+@_workdir
+def kernels(
+    rows: int, columns: int, runs: int, device: str, others: bool, threads: int | None, workdir: Path
+) -> None:
     """Time every quantization of one weight in memory."""
     if device == "cuda":
         from benchmarks import gpu_kernels
@@ -157,19 +165,21 @@ def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None
         return
     from benchmarks.kernels import run
 
-    run((rows, columns), runs, threads or os.cpu_count() or 1, Console())
+    run((rows, columns), runs, threads or os.cpu_count() or 1, Console(), workdir=workdir if others else None)
 
 
 @main.command()
 @click.option("--rows", type=int, default=6144, show_default=True)
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
+@_others
 @_threads
-def decode(rows: int, columns: int, runs: int, threads: int | None) -> None:
-    """Time every decoding as the ComfyUI pack does it, next to bitsandbytes and comfy-kitchen."""
+@_workdir
+def decode(rows: int, columns: int, runs: int, others: bool, threads: int | None, workdir: Path) -> None:
+    """Time every decoding as the ComfyUI pack does it, next to other libraries."""
     from benchmarks.decode import run
 
-    run(Console(), (rows, columns), runs, threads)
+    run(Console(), (rows, columns), runs, threads, workdir=workdir if others else None)
 
 
 @main.command()
@@ -182,6 +192,28 @@ def learned(rows: int, columns: int, runs: int, workdir: Path) -> None:
     from benchmarks.learned import run
 
     run(rows, columns, runs, workdir, Console())
+
+
+@main.command()
+@click.option("--size", default="2GB", show_default=True, callback=_check_sizes)
+@click.option("--cases", default="fp8-tensor,int8-default,headline", show_default=True)
+@click.option("--moments", default="10,50,90", show_default=True, help="When to kill: percents of what there is to write.")
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--peer/--no-peer", default=True, show_default=True, help="Also convert-to-quant, once.")
+@_cold
+@_workdir
+def faults(size: str, cases: str, moments: str, runs: int, peer: bool, cold: str, workdir: Path) -> None:
+    """Kill conversions, go on with them, and measure what that costs."""
+    from benchmarks.cache import CHILLS
+    from benchmarks.faults import run
+
+    try:
+        shares = [float(moment) / 100 for moment in moments.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--moments: {error}") from error
+    if not all(0 < share < 1 for share in shares):
+        raise click.UsageError("--moments: percents between 0 and 100")
+    run(_cases(cases), size, shares, runs, workdir, CHILLS[cold], Console(), peer)
 
 
 @main.command("train-tiny")
