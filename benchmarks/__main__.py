@@ -29,6 +29,19 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: str)
     return value
 
 
+def _check_sources(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The same, for names of sources."""
+    del context, parameter
+    from benchmarks.sources import check
+
+    try:
+        for name in value.split(","):
+            check(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 _workdir = click.option(
     "--workdir",
     type=click.Path(path_type=Path),
@@ -106,10 +119,17 @@ def generate(
 
 
 @main.command()
-@click.option("--size", default="4GB", show_default=True, callback=_check_sizes, help="Sizes of the source, by commas.")
+@click.option(
+    "--size",
+    default="4GB",
+    show_default=True,
+    callback=_check_sources,
+    help="Sources by commas: 0.5GB, 4GB, 16GB-sparse, flux2-dev-sparse. Sparse ones take no disk, and no cp runs.",
+)
 @click.option("--cases", default=CONVERT_CASES, show_default=True)
 @click.option("--runs", type=int, default=3, show_default=True)
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Also run convert-to-quant, once a case.")
+@click.option("--peer-largest", default="4GB", show_default=True, callback=_check_sizes, help="It runs on no larger source.")
 @click.option("--memory-budget", default="1GiB", show_default=True, callback=_check_sizes)
 @_cold
 @click.option("--keep", is_flag=True, help="Keep the last output of each contender in each case.")
@@ -120,6 +140,7 @@ def convert(
     cases: str,
     runs: int,
     peer: bool,
+    peer_largest: str,
     memory_budget: str,
     cold: str,
     keep: bool,
@@ -130,20 +151,28 @@ def convert(
     from benchmarks.cache import CHILLS
     from benchmarks.convert import Settings, run
 
-    settings = Settings(workdir, size.split(","), runs, memory_budget, threads, peer, keep)
+    settings = Settings(workdir, size.split(","), runs, memory_budget, threads, peer, keep, peer_largest)
     run(_cases(cases), settings, CHILLS[cold], Console())
 
 
 @main.command()
-@click.option("--files", default="1GB,4GB,flux2-dev-sparse,one-tensor-4GB", show_default=True)
+@click.option(
+    "--files",
+    default="0.5GB,1GB,2GB,4GB,16GB-sparse,flux2-dev-sparse,one-tensor-4GB",
+    show_default=True,
+    callback=_check_sources,
+)
 @click.option("--cases", default="fp8-tensor,fp8-block,int8-row,nf4,nf4-double", show_default=True)
 @click.option("--budgets", default="256MiB,1GiB", show_default=True, callback=_check_sizes)
+@click.option(
+    "--peer-files", default="0.5GB,1GB,2GB,4GB", show_default=True, help="Which of them convert-to-quant converts too."
+)
 @_workdir
-def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
+def memory(files: str, cases: str, budgets: str, peer_files: str, workdir: Path) -> None:
     """Measure the peak memory of conversions of small, large and one-layer files."""
     from benchmarks.memory import run
 
-    run(_cases(cases), files.split(","), budgets.split(","), workdir, Console())
+    run(_cases(cases), files.split(","), budgets.split(","), workdir, Console(), peer_files=_listed(peer_files))
 
 
 @main.command()
@@ -154,9 +183,7 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 @_others
 @_threads
 @_workdir
-def kernels(
-    rows: int, columns: int, runs: int, device: str, others: bool, threads: int | None, workdir: Path
-) -> None:
+def kernels(rows: int, columns: int, runs: int, device: str, others: bool, threads: int | None, workdir: Path) -> None:
     """Time every quantization of one weight in memory."""
     if device == "cuda":
         from benchmarks import gpu_kernels
@@ -236,7 +263,7 @@ def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: i
 @main.command()
 @click.option("--models", default="minilm,flux,synthetic", show_default=True)
 @click.option("--formats", help="By commas; default: all.")
-@click.option("--methods", help="By commas; default: all; \"\": none. With any, nearest is measured too.")
+@click.option("--methods", help='By commas; default: all; "": none. With any, nearest is measured too.')
 @click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
 @click.option("--against", default="none", show_default=True, help="Also other tools: their names by commas, all, or none.")
@@ -274,12 +301,34 @@ def quality(
 
 
 @main.command()
-@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels", "learned", "decode"]))
-@click.option("--last", type=int, default=40, show_default=True, help="Show only this many rows.")
+@click.option("--samples/--no-samples", default=True, show_default=True, help="Also the sheet of samples (a minute or more).")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 if a document does not say what the results say.")
+@_workdir
+def report(samples: bool, check: bool, workdir: Path) -> None:
+    """Draw every picture and write every table of the documents from the recorded results."""
+    from benchmarks import report as reports
+
+    if not check:
+        reports.run(workdir, Console(), samples)
+    elif found := reports.stale():
+        raise click.ClickException(f"{', '.join(map(str, found))}: not as the results are. Run: python -m benchmarks report")
+
+
+@main.command()
+@click.argument("benchmark")
+@click.option("--last", type=click.IntRange(1), default=40, show_default=True, help="Show only this many rows.")
 def show(benchmark: str, last: int) -> None:
-    """Print recorded results."""
+    """Print recorded results: BENCHMARK is the name of a file in benchmarks/results."""
     from benchmarks import results
 
+    there = sorted(path.stem for path in results.FOLDER.glob("*.csv"))
+    if benchmark not in there:
+        raise click.BadParameter(f"no results of {benchmark!r}. There are: {', '.join(there)}", param_hint="BENCHMARK")
+    if benchmark == "compiled":
+        from benchmarks.compiled import read, table
+
+        Console().print(table(read()[-last:]))
+        return
     Console().print(results.table(results.read(benchmark)[-last:], benchmark))
 
 

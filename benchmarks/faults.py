@@ -82,9 +82,7 @@ def watch(command: Sequence[str], log: Path, stop: Callable[[int, float], bool] 
     """
     with log.open("wb") as printed:
         began = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True)
         first, written = None, 0
         try:
             # WNOWAIT: what has ended stays readable until it is waited for.
@@ -215,16 +213,12 @@ def _clear(folder: Path) -> None:
         path.unlink()
 
 
-def _rows(
-    case: str, name: str, size: str, checkpoint: Path, found: dict[str, Rounds], cache: str, note: str
-) -> list[Result]:
+def _rows(case: str, name: str, size: str, checkpoint: Path, found: dict[str, Rounds], cache: str, note: str) -> list[Result]:
     common = {"source": size, "size_bytes": checkpoint.stat().st_size, "cache": cache, "note": note}
     if note:
         return [results.result(BENCHMARK, case, name, (), **common)]
     return [
-        results.result(
-            BENCHMARK, case, name, values, metric=metric, detail=moment, output_bytes=rounds.output_bytes, **common
-        )
+        results.result(BENCHMARK, case, name, values, metric=metric, detail=moment, output_bytes=rounds.output_bytes, **common)
         for moment, rounds in found.items()
         for metric, values in rounds.values.items()
     ]

