@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 JOBS ?= 2
 FUZZ_SECONDS ?= 1800
 
-.PHONY: help install demo test test-comfyui faults fuzz lint bench clean
+.PHONY: help install demo test test-comfyui faults fuzz lint bench bench-quick clean
 
 help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
@@ -17,7 +17,8 @@ help:
 	@echo "make faults   strike at every system call, kill and cut the power hundreds of times (long)"
 	@echo "make fuzz     attack everything that reads files or takes patterns, for FUZZ_SECONDS (1800) in all"
 	@echo "make lint     check the style"
-	@echo "make bench    measure against cp and the peers (long)"
+	@echo "make bench    measure against cp and other tools, then write the pictures and tables (an hour or two)"
+	@echo "make bench-quick   see that all of that runs (minutes; measures nothing worth quoting)"
 	@echo "make clean    remove what make made"
 
 install: $(STAMP)
@@ -55,13 +56,29 @@ fuzz: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
+# Whole conversions first, for they need the quietest machine; then what runs in memory; errors do not depend on the load.
+# Everything is appended to benchmarks/results, then the documents are written anew.
+BENCH := $(BIN)/python -m benchmarks
+
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks convert
-	$(BIN)/python -m benchmarks memory
-	$(BIN)/python -m benchmarks kernels
-	$(BIN)/python -m benchmarks learned
-	$(BIN)/python -m benchmarks decode
-	$(BIN)/python -m benchmarks quality
+	$(BENCH) convert
+	$(BENCH) convert --cases int8-default,nf4-default,headline-rtn --no-peer
+	$(BENCH) memory
+	$(BENCH) faults
+	$(BENCH) kernels
+	$(BENCH) decode
+	$(BENCH) learned
+	$(BENCH) quality --against all
+	$(BENCH) report
+
+# The same in minutes, into a folder of its own: to see that everything runs, not to be quoted.
+bench-quick: $(STAMP)
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) convert --size 200MB --runs 1 --cases fp8-tensor,nf4
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) memory --files 200MB,4GB-sparse --cases fp8-tensor --budgets 256MiB --peer-files ""
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) faults --size 500MB --runs 1 --cases fp8-tensor --moments 50 --no-peer
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) kernels --rows 512 --columns 1024 --runs 2
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) decode --rows 512 --columns 1024 --runs 2
+	BENCHMARK_RESULTS=build/bench-quick $(BENCH) quality --models flux --formats nf4 --methods no-data --against bitsandbytes
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -29,12 +29,35 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: str)
     return value
 
 
+def _check_sources(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The same, for names of sources."""
+    del context, parameter
+    from benchmarks.sources import check
+
+    try:
+        for name in value.split(","):
+            check(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 _workdir = click.option(
     "--workdir",
     type=click.Path(path_type=Path),
     default=Path("build/benchmarks"),
     show_default=True,
     help="Where sources, outputs and the peers' environments go.",
+)
+_others = click.option(
+    "--others/--no-others", default=True, show_default=True, help="Also other libraries, in their own environments."
+)
+_cold = click.option(
+    "--cold",
+    type=click.Choice(["system", "file", "none"]),
+    default="file",
+    show_default=True,
+    help="What to drop from the page cache before each run: all of it, the source, or nothing.",
 )
 _threads = click.option("--threads", type=int, default=None, help="Threads to compute with.")
 
@@ -96,18 +119,19 @@ def generate(
 
 
 @main.command()
-@click.option("--size", default="4GB", show_default=True, callback=_check_sizes, help="Sizes of the source, by commas.")
+@click.option(
+    "--size",
+    default="4GB",
+    show_default=True,
+    callback=_check_sources,
+    help="Sources by commas: 0.5GB, 4GB, 16GB-sparse, flux2-dev-sparse. Sparse ones take no disk, and no cp runs.",
+)
 @click.option("--cases", default=CONVERT_CASES, show_default=True)
 @click.option("--runs", type=int, default=3, show_default=True)
 @click.option("--peer/--no-peer", default=True, show_default=True, help="Also run convert-to-quant, once a case.")
+@click.option("--peer-largest", default="4GB", show_default=True, callback=_check_sizes, help="It runs on no larger source.")
 @click.option("--memory-budget", default="1GiB", show_default=True, callback=_check_sizes)
-@click.option(
-    "--cold",
-    type=click.Choice(["system", "file", "none"]),
-    default="file",
-    show_default=True,
-    help="What to drop from the page cache before each run: all of it, the source, or nothing.",
-)
+@_cold
 @click.option("--keep", is_flag=True, help="Keep the last output of each contender in each case.")
 @_threads
 @_workdir
@@ -116,6 +140,7 @@ def convert(
     cases: str,
     runs: int,
     peer: bool,
+    peer_largest: str,
     memory_budget: str,
     cold: str,
     keep: bool,
@@ -126,20 +151,28 @@ def convert(
     from benchmarks.cache import CHILLS
     from benchmarks.convert import Settings, run
 
-    settings = Settings(workdir, size.split(","), runs, memory_budget, threads, peer, keep)
+    settings = Settings(workdir, size.split(","), runs, memory_budget, threads, peer, keep, peer_largest)
     run(_cases(cases), settings, CHILLS[cold], Console())
 
 
 @main.command()
-@click.option("--files", default="1GB,4GB,flux2-dev-sparse,one-tensor-4GB", show_default=True)
+@click.option(
+    "--files",
+    default="0.5GB,1GB,2GB,4GB,16GB-sparse,flux2-dev-sparse,one-tensor-4GB",
+    show_default=True,
+    callback=_check_sources,
+)
 @click.option("--cases", default="fp8-tensor,fp8-block,int8-row,nf4,nf4-double", show_default=True)
 @click.option("--budgets", default="256MiB,1GiB", show_default=True, callback=_check_sizes)
+@click.option(
+    "--peer-files", default="0.5GB,1GB,2GB,4GB", show_default=True, help="Which of them convert-to-quant converts too."
+)
 @_workdir
-def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
+def memory(files: str, cases: str, budgets: str, peer_files: str, workdir: Path) -> None:
     """Measure the peak memory of conversions of small, large and one-layer files."""
     from benchmarks.memory import run
 
-    run(_cases(cases), files.split(","), budgets.split(","), workdir, Console())
+    run(_cases(cases), files.split(","), budgets.split(","), workdir, Console(), peer_files=_listed(peer_files))
 
 
 @main.command()
@@ -147,8 +180,10 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@_others
 @_threads
-def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None) -> None:
+@_workdir
+def kernels(rows: int, columns: int, runs: int, device: str, others: bool, threads: int | None, workdir: Path) -> None:
     """Time every quantization of one weight in memory."""
     if device == "cuda":
         from benchmarks import gpu_kernels
@@ -157,19 +192,21 @@ def kernels(rows: int, columns: int, runs: int, device: str, threads: int | None
         return
     from benchmarks.kernels import run
 
-    run((rows, columns), runs, threads or os.cpu_count() or 1, Console())
+    run((rows, columns), runs, threads or os.cpu_count() or 1, Console(), workdir=workdir if others else None)
 
 
 @main.command()
 @click.option("--rows", type=int, default=6144, show_default=True)
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
+@_others
 @_threads
-def decode(rows: int, columns: int, runs: int, threads: int | None) -> None:
-    """Time every decoding as the ComfyUI pack does it, next to bitsandbytes and comfy-kitchen."""
+@_workdir
+def decode(rows: int, columns: int, runs: int, others: bool, threads: int | None, workdir: Path) -> None:
+    """Time every decoding as the ComfyUI pack does it, next to other libraries."""
     from benchmarks.decode import run
 
-    run(Console(), (rows, columns), runs, threads)
+    run(Console(), (rows, columns), runs, threads, workdir=workdir if others else None)
 
 
 @main.command()
@@ -182,6 +219,28 @@ def learned(rows: int, columns: int, runs: int, workdir: Path) -> None:
     from benchmarks.learned import run
 
     run(rows, columns, runs, workdir, Console())
+
+
+@main.command()
+@click.option("--size", default="2GB", show_default=True, callback=_check_sizes)
+@click.option("--cases", default="fp8-tensor,int8-default,headline", show_default=True)
+@click.option("--moments", default="10,50,90", show_default=True, help="When to kill: percents of what there is to write.")
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--peer/--no-peer", default=True, show_default=True, help="Also convert-to-quant, once.")
+@_cold
+@_workdir
+def faults(size: str, cases: str, moments: str, runs: int, peer: bool, cold: str, workdir: Path) -> None:
+    """Kill conversions, go on with them, and measure what that costs."""
+    from benchmarks.cache import CHILLS
+    from benchmarks.faults import run
+
+    try:
+        shares = [float(moment) / 100 for moment in moments.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--moments: {error}") from error
+    if not all(0 < share < 1 for share in shares):
+        raise click.UsageError("--moments: percents between 0 and 100")
+    run(_cases(cases), size, shares, runs, workdir, CHILLS[cold], Console(), peer)
 
 
 @main.command("train-tiny")
@@ -204,7 +263,7 @@ def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: i
 @main.command()
 @click.option("--models", default="minilm,flux,synthetic", show_default=True)
 @click.option("--formats", help="By commas; default: all.")
-@click.option("--methods", help="By commas; default: all; \"\": none. With any, nearest is measured too.")
+@click.option("--methods", help='By commas; default: all; "": none. With any, nearest is measured too.')
 @click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
 @click.option("--against", default="none", show_default=True, help="Also other tools: their names by commas, all, or none.")
@@ -242,12 +301,34 @@ def quality(
 
 
 @main.command()
-@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels", "learned", "decode"]))
-@click.option("--last", type=int, default=40, show_default=True, help="Show only this many rows.")
+@click.option("--samples/--no-samples", default=True, show_default=True, help="Also the sheet of samples (a minute or more).")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 if a document does not say what the results say.")
+@_workdir
+def report(samples: bool, check: bool, workdir: Path) -> None:
+    """Draw every picture and write every table of the documents from the recorded results."""
+    from benchmarks import report as reports
+
+    if not check:
+        reports.run(workdir, Console(), samples)
+    elif found := reports.stale():
+        raise click.ClickException(f"{', '.join(map(str, found))}: not as the results are. Run: python -m benchmarks report")
+
+
+@main.command()
+@click.argument("benchmark")
+@click.option("--last", type=click.IntRange(1), default=40, show_default=True, help="Show only this many rows.")
 def show(benchmark: str, last: int) -> None:
-    """Print recorded results."""
+    """Print recorded results: BENCHMARK is the name of a file in benchmarks/results."""
     from benchmarks import results
 
+    there = sorted(path.stem for path in results.FOLDER.glob("*.csv"))
+    if benchmark not in there:
+        raise click.BadParameter(f"no results of {benchmark!r}. There are: {', '.join(there)}", param_hint="BENCHMARK")
+    if benchmark == "compiled":
+        from benchmarks.compiled import read, table
+
+        Console().print(table(read()[-last:]))
+        return
     Console().print(results.table(results.read(benchmark)[-last:], benchmark))
 
 

@@ -31,6 +31,7 @@ def _scaled(kind: str, mode: str) -> Case:
 _MIXED = ("--custom-layers", _HEADLINE_LAYERS, "--custom-type", "fp8")
 # What this project is for; nobody else writes it, so it has no peer.
 _HEADLINE = Case("headline", ours=("--bnb-4bit", *_MIXED, "--comfy-quant"))
+_HEADLINE_RTN = Case("headline-rtn", ours=(*_HEADLINE.ours, "--rtn"))
 _INT8_FP8 = Case(
     # INT8 rows with the layers at both ends in FP8. The peer needs to be told twice to keep it simple, and to scale
     # the FP8 layers by tensor, or it learns their rounding for hours and writes what ComfyUI cannot load.
@@ -49,6 +50,7 @@ CASES: dict[str, Case] = {
         Case("int8-default", ("--int8",)),
         Case("nf4-default", ("--bnb-4bit",)),
         _HEADLINE,
+        _HEADLINE_RTN,
         _INT8_FP8,
     )
 }

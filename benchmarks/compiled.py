@@ -9,12 +9,11 @@ Nothing may spill. Results go to results/compiled.csv, which is written anew eac
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from unittest import mock
 import click
 import numpy as np
 import torch
+from rich.table import Table
 
+from benchmarks import records
 from streamquant.kernels.feedback import BLOCK, Feedback
 from streamquant.kernels.refined import GRIDS
 
@@ -200,9 +201,7 @@ def variants() -> dict[str, Callable[[], Any]]:
         "errors of fp8 rows f32": partial(scale_search.e4m3_errors, f32.view(-1), COLUMNS, row_scales),
         "searched nf4 absmax of 64 bf16, weighted": partial(book_search.book_absmax, bf16.view(-1), 64, cycle, "nf4"),
         "searched nf4 blocks of 64 bf16": partial(book_search.pack, bf16.view(-1), 64, "nf4"),
-        "searched nf4 blocks of 64 f32, weighted, measured": partial(
-            book_search.pack, f32.view(-1), 64, "nf4", cycle, True
-        ),
+        "searched nf4 blocks of 64 f32, weighted, measured": partial(book_search.pack, f32.view(-1), 64, "nf4", cycle, True),
         "searched fp4 blocks of 4096 f32, short last block": partial(book_search.pack, f32.view(-1)[:-1], 4096, "fp4"),
     }
     return calls
@@ -287,6 +286,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def read(path: Path = PATH) -> list[Compiled]:
+    """The recorded rows."""
+    return records.read(path, Compiled)
+
+
+def table(rows: Sequence[Compiled]) -> Table:
+    """Return `rows` as a table for a terminal."""
+    grid = Table(*records.columns(Compiled), box=None)
+    for row in rows:
+        grid.add_row(*map(str, astuple(row)))
+    return grid
+
+
 def compile_variant(variant: str, call: Callable[[], Any], architectures: tuple[int, ...]) -> Iterator[Compiled]:
     """Compile all that one call starts; a spill is an error."""
     for launch in launches(call):
@@ -311,11 +323,8 @@ def main(architectures: tuple[int, ...], only: str) -> None:
                     f"{row.registers:3} registers  {row.shared_bytes:6} B shared"
                 )
     if not only:
-        PATH.parent.mkdir(parents=True, exist_ok=True)
-        with PATH.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Compiled)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        PATH.unlink(missing_ok=True)
+        records.append(PATH, Compiled, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
 from benchmarks.race import Contender, Outcome, race, shout
 from benchmarks.results import Result
-from benchmarks.sources import prepare
+from benchmarks.sources import SPARSE, prepare
 from benchmarks.units import parse_size
 
 BENCHMARK = "convert"
@@ -26,7 +26,11 @@ PEER_RUNS = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What a session of conversions is to do, as its flags say."""
+    """What a session of conversions is to do, as its flags say.
+
+    sizes: names of sources (`benchmarks.sources`). peer_largest: the peer holds its output in memory, so that it is asked for
+    no larger file than this.
+    """
 
     workdir: Path
     sizes: Sequence[str] = ("4GB",)
@@ -35,6 +39,7 @@ class Settings:
     threads: int | None = None
     peer: bool = True
     keep: bool = False
+    peer_largest: str = "4GB"
 
 
 def copy(source: Path, destination: Path) -> list[str]:
@@ -59,7 +64,7 @@ def run(
         for case in cases:
             console.rule(f"{case.name}, {size}")
             contender = make_ours(case, settings.memory_budget, settings.threads)
-            case_rows = _case(case, contender, checkpoint, scratch / case.name, settings, chill, console, idle)
+            case_rows = _case(case, contender, size, checkpoint, scratch / case.name, settings, chill, console, idle)
             record(case_rows)
             console.print(results.table(case_rows))
             rows += case_rows
@@ -69,6 +74,7 @@ def run(
 def _case(
     case: Case,
     contender: Contender,
+    source: str,
     checkpoint: Path,
     scratch: Path,
     settings: Settings,
@@ -81,9 +87,14 @@ def _case(
     def start(contenders: Sequence[Contender], runs: int) -> list[Outcome]:
         return race(contenders, checkpoint, scratch, runs, chill, console, settings.keep)
 
-    copied, converted = start([Contender("cp", copy), contender], settings.runs)
+    if source.endswith(SPARSE):
+        # A copy would read a hole and write it out: nothing that a conversion could be held against.
+        copied = Outcome("cp", failure="not run: the source is sparse")
+        (converted,) = start([contender], settings.runs)
+    else:
+        copied, converted = start([Contender("cp", copy), contender], settings.runs)
     outcomes = [(copied, None), (converted, copied)]
-    if settings.peer:
+    if settings.peer and checkpoint.stat().st_size <= 1.05 * parse_size(settings.peer_largest):
         outcomes.append((_peer(case, settings.workdir, start, console), converted))
     threads = f"{settings.threads} threads" if settings.threads else ""
     return [
@@ -92,6 +103,7 @@ def _case(
             case.name,
             outcome.contender,
             outcome.seconds,
+            source=source,
             size_bytes=checkpoint.stat().st_size,
             output_bytes=outcome.output_bytes,
             ratio_to=(other.contender, other.seconds) if other is not None else None,
@@ -105,9 +117,7 @@ def _case(
     ]
 
 
-def _peer(
-    case: Case, workdir: Path, start: Callable[[Sequence[Contender], int], list[Outcome]], console: Console
-) -> Outcome:
+def _peer(case: Case, workdir: Path, start: Callable[[Sequence[Contender], int], list[Outcome]], console: Console) -> Outcome:
     """Return the peer's outcome: it runs once, being many times slower than the differences between its runs."""
     try:
         return start([CONVERT_TO_QUANT.contender(case, workdir)], PEER_RUNS)[0]

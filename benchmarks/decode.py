@@ -1,21 +1,25 @@
 """Throughput of decoding alone: a weight in memory back to BF16, as a loader does it every time a layer is used.
 
 Sizes and bytes per second are those of the decoded weight. `streamquant` is what the ComfyUI nodes call: the fastest way
-that is right on the device. Beside it stand its plain torch path, bitsandbytes, and comfy-kitchen for the formats it has.
+that is right on the device. Beside it stand its plain torch path, bitsandbytes, and comfy-kitchen for the formats it has;
+on a CPU also other libraries, in processes of their own (`benchmarks.rivals`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import results
 from benchmarks.machine import installed
+from benchmarks.peers import PeerError
 from benchmarks.race import shout
 from benchmarks.results import Result
+from benchmarks.rivals import Crew, Remote
 from streamquant.formats import fp8, int8
 from streamquant.kernels import bnb4
 from streamquant.kernels import fp8 as fp8_kernels
@@ -149,20 +153,27 @@ def run(
     operations: Sequence[str] = FORMATS,
     find: Callable[[str, torch.Tensor], Sequence[Entry]] = contenders,
     record: Callable[[Sequence[Result]], None] = results.append,
+    workdir: Path | None = None,
 ) -> list[Result]:
     """Time every contender of every format on a BF16 weight of `shape`, on each device; record the rows and return them.
 
-    threads: of the CPU; None takes torch's own number.
+    threads: of the CPU; None takes torch's own number. workdir: where the other libraries' environments are; None leaves
+    them out.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
     rows: list[Result] = []
-    for device in devices():
-        there = weight.to(device)
-        for operation in operations:
-            found = _race(operation, find(operation, there), there, runs, console)
-            record(found)
-            rows += found
+    with Crew(weight, workdir or Path(), torch.get_num_threads()) as crew:
+        for device in devices():
+            there = weight.to(device)
+            for operation in operations:
+                entries = list(find(operation, there))
+                if workdir is not None and device == "cpu":
+                    known = {name for name, _ in entries}
+                    entries += [entry for entry in crew.entries(operation, decodes=True) if entry[0] not in known]
+                found = _race(operation, entries, there, runs, console)
+                record(found)
+                rows += found
     console.print(results.table(rows))
     return rows
 
@@ -181,17 +192,13 @@ def _race(operation: str, entries: Sequence[Entry], weight: torch.Tensor, runs: 
                 if error > 0.2:
                     raise RuntimeError(f"decodes with a relative error of {error:.2f}")
                 ready[name] = decode
-            except (ImportError, RuntimeError) as error:
+            except (ImportError, RuntimeError, PeerError) as error:
                 failures[name] = f"{type(error).__name__}: {error}"
                 shout(console, f"{name} DOES NOT TAKE PART in {operation} on {device}: {failures[name]}")
         seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
         for _ in range(runs):
             for name, decode in ready.items():
-                _finish(device)
-                began = time.perf_counter()
-                decode()
-                _finish(device)
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(_seconds(decode, device))
     first = entries[0][0]
     where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     return [
@@ -207,6 +214,16 @@ def _race(operation: str, entries: Sequence[Entry], weight: torch.Tensor, runs: 
         )
         for name, _ in entries
     ]
+
+
+def _seconds(decode: Decode | Remote, device: str) -> float:
+    if isinstance(decode, Remote):
+        return decode.seconds()
+    _finish(device)
+    began = time.perf_counter()
+    decode()
+    _finish(device)
+    return time.perf_counter() - began
 
 
 def _finish(device: str) -> None:

@@ -1,5 +1,7 @@
 """Throughput of each quantization alone: one weight in memory, no files. The first contender is what ratios are to.
 
+Other libraries do it in processes of their own, in turn with us (`benchmarks.rivals`).
+
 A plain copy of the weight (a read and a write of it) runs beside them: the bound that memory sets.
 """
 
@@ -8,15 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.machine import installed
+from benchmarks.peers import PeerError
 from benchmarks.race import shout
 from benchmarks.results import Result
+from benchmarks.rivals import Crew, Remote
 from streamquant.formats import Format, bnb4, fp8, int8
 from streamquant.kernels import JitBackend, TorchBackend, why_no_jit
 
@@ -43,24 +47,16 @@ def contenders(operation: str, threads: int) -> list[Entry]:
     if operation == "copy":
         return [("numpy copy", lambda: _parallel_copy(threads))]
     layout = FORMATS[operation]
-    entries: list[Entry] = []
-    if operation in ("nf4", "fp4"):
-        entries.append((f"bitsandbytes {installed('bitsandbytes')}", lambda: _bitsandbytes(operation)))
-    entries.append(("plain torch", lambda: _encode(layout, TorchBackend, threads)))
-    entries.append(("streamquant", lambda: _encode(layout, _jit, threads)))
-    return entries
+    return [
+        ("plain torch", lambda: _encode(layout, TorchBackend, threads)),
+        ("streamquant", lambda: _encode(layout, _jit, threads)),
+    ]
 
 
 def _jit() -> JitBackend:
     if reason := why_no_jit():
         raise ImportError(reason)
     return JitBackend()
-
-
-def _bitsandbytes(operation: str) -> Quantize:
-    from bitsandbytes.functional import quantize_4bit
-
-    return lambda weight: quantize_4bit(weight, blocksize=64, quant_type=operation)
 
 
 def _encode(layout: Format, make_backend: Callable[[], object], threads: int) -> Quantize:
@@ -87,10 +83,14 @@ def _encode(layout: Format, make_backend: Callable[[], object], threads: int) ->
 
 def _parallel_copy(threads: int) -> Quantize:
     pool = ThreadPoolExecutor(threads)
+    targets: dict[int, np.ndarray] = {}
 
     def run(weight: torch.Tensor) -> None:
         source = weight.view(torch.uint8).numpy().reshape(-1)
-        target = np.empty_like(source)
+        # Once: it is the copy that is timed, not the system finding fresh pages for it.
+        if source.size not in targets:
+            targets[source.size] = np.ones_like(source)
+        target = targets[source.size]
         size = 2 * TILE_ELEMENTS
         list(pool.map(lambda at: np.copyto(target[at : at + size], source[at : at + size]), range(0, source.size, size)))
 
@@ -105,16 +105,23 @@ def run(
     operations: Sequence[str] = ("copy", *FORMATS),
     find: Callable[[str, int], Sequence[Entry]] = contenders,
     record: Callable[[Sequence[Result]], None] = results.append,
+    workdir: Path | None = None,
 ) -> list[Result]:
-    """Time every contender of every operation on a BF16 weight of `shape`; record the rows and return them."""
-    # Workers are our own threads, each on a tile of its own; torch's would fight them. bitsandbytes needs torch's.
+    """Time every contender of every operation on a BF16 weight of `shape`; record the rows and return them.
+
+    workdir: where the other libraries' environments are; None leaves them out.
+    """
+    # Workers are our own threads, each on a tile of its own; torch's would fight them.
+    torch.set_num_threads(1)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).mul_(0.02)
     weight = weight.to(torch.bfloat16)
     rows = []
-    for operation in operations:
-        operation_rows = _race(operation, find(operation, threads), weight, runs, threads, console)
-        record(operation_rows)
-        rows += operation_rows
+    with Crew(weight, workdir or Path(), threads) as crew:
+        for operation in operations:
+            others = crew.entries(operation, decodes=False) if workdir is not None else []
+            operation_rows = _race(operation, [*find(operation, threads), *others], weight, runs, threads, console)
+            record(operation_rows)
+            rows += operation_rows
     console.print(results.table(rows))
     return rows
 
@@ -125,22 +132,18 @@ def _race(
     ready: dict[str, Quantize] = {}
     failures: dict[str, str] = {}
     for name, load in entries:
-        torch.set_num_threads(_torch_threads(name, threads))
         try:
             ready[name] = load()
             # Once unmeasured: the first call pays for imports, compilation and fresh memory.
             ready[name](weight[:128])
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, PeerError) as error:
             ready.pop(name, None)
             failures[name] = f"{type(error).__name__}: {error}"
             shout(console, f"{name} DOES NOT TAKE PART: {failures[name]}")
     seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
     for _ in range(runs):
         for name, quantize in ready.items():
-            torch.set_num_threads(_torch_threads(name, threads))
-            began = time.perf_counter()
-            quantize(weight)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_seconds(quantize, weight))
     first = entries[0][0]
     return [
         results.result(
@@ -156,5 +159,9 @@ def _race(
     ]
 
 
-def _torch_threads(name: str, threads: int) -> int:
-    return threads if name.startswith("bitsandbytes") else 1
+def _seconds(quantize: Quantize | Remote, weight: torch.Tensor) -> float:
+    if isinstance(quantize, Remote):
+        return quantize.seconds()
+    began = time.perf_counter()
+    quantize(weight)
+    return time.perf_counter() - began

@@ -73,9 +73,7 @@ class Settings:
                 raise ValueError(f"no such {what}: {', '.join(unknown)}. There are: {', '.join(legal)}")
 
 
-def run(
-    settings: Settings, console: Console, record: Callable[[Sequence[Result]], None] = results.append
-) -> list[Result]:
+def run(settings: Settings, console: Console, record: Callable[[Sequence[Result]], None] = results.append) -> list[Result]:
     """Measure every cell; record and return the rows."""
     from benchmarks import quality_rivals
 
@@ -95,9 +93,7 @@ def run(
                     keep(list(measure_format(study, format, settings, folder, time, console)))
                 console.print(table([row for row in rows if row.source == study.name], study.name))
             reference = as_it_comes(study, folder)
-            for scores in quality_rivals.measure(
-                study, settings.against, reference, folder, settings.workdir, time, console
-            ):
+            for scores in quality_rivals.measure(study, settings.against, reference, folder, settings.workdir, time, console):
                 keep(scores)
     return rows
 

@@ -1,7 +1,7 @@
 """The other converter's rounding in the same study: convert-to-quant on the same layers, its files decoded here.
 
 It has two ways: nearest, and the learned rounding that it takes when nothing is asked for. The learned one takes from seconds
-to minutes a layer, so it gets a few layers, one by one, and a limit of time for each.
+to minutes a layer, so it gets a few layers in two formats, one by one, and a limit of time for each.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.quality_methods import Quantized
 
 METHODS = {"--simple": ("--simple",), "learned": ()}
 LEARNED_SECONDS = 600  # for a layer
+LEARNED_FORMATS = ("fp8-tensor", "int8-row")
 # One of each kind in the middle of the model.
 LEARNED_LAYERS = (
     "encoder.layer.3.attention.self.query.weight", "encoder.layer.3.attention.output.dense.weight",

@@ -21,7 +21,7 @@ from benchmarks.results import Result
 from benchmarks.rivals import LIBRARIES, Library, working
 
 CONVERTER = "convert-to-quant"
-NAMES = (CONVERTER, *LIBRARIES)
+NAMES = (*LIBRARIES, CONVERTER)
 
 # The product in one of its formats, as it comes: what it costs, and what it wrote.
 Reference = Callable[[str], tuple[Measured, Quantized]]
@@ -70,7 +70,7 @@ def _converter(
         except PeerError as error:
             yield [_missing(study, time, format, contender, error, console)]
         chosen = [key for key in quality_converter.LEARNED_LAYERS if key in layers]
-        if chosen:
+        if chosen and format in quality_converter.LEARNED_FORMATS:
             yield list(_learned(study, format, chosen, len(layers), reference, destination, workdir, time, console))
     destination.unlink(missing_ok=True)
 

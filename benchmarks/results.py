@@ -6,6 +6,7 @@ machine, and says so in the same file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,7 +21,8 @@ from benchmarks.units import format_size
 
 __all__ = ["FOLDER", "SECONDS", "Result", "SchemaError", "append", "heats", "newest", "read", "result", "table"]
 
-FOLDER = Path(__file__).resolve().parent / "results"
+# Elsewhere for rows that are not to be kept.
+FOLDER = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().parent / "results")
 SECONDS = "seconds"
 
 

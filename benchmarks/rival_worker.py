@@ -7,7 +7,7 @@ by one on the standard output (`benchmarks.rivals` is at the other end):
 
     {"do": "load", "source": PATH, "threads": N}              the weights of a safetensors file
     {"do": "quantize", "format": F}                           all of them; the seconds and the bytes that F stores
-    {"do": "decode", "format": F, "destination": PATH or ""}  those of the last quantize; the seconds; as float32 to PATH
+    {"do": "decode", "format": F, "destination": PATH or ""}  what quantize made in F; the seconds; as float32 to PATH
 
 What goes wrong is answered too, as {"error": TEXT}. Every format is used as the library's own documentation shows it.
 """
@@ -43,7 +43,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 def linear(weight: torch.Tensor) -> torch.nn.Sequential:
     """A model of one linear layer, as most libraries want to be given a weight."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     return torch.nn.Sequential(layer)
 
 
@@ -184,7 +184,7 @@ LIBRARIES = {
 
 
 class Worker:
-    """What was loaded and quantized last."""
+    """What was loaded, and what was made of it in each format."""
 
     def __init__(self, library: str) -> None:
         self.library = LIBRARIES[library]
@@ -193,7 +193,7 @@ class Worker:
 
     def load(self, source: str, threads: int) -> dict[str, object]:
         torch.set_num_threads(threads)
-        self.weights = load_file(source)
+        self.weights, self.quantized = load_file(source), {}
         return {}
 
     def quantize(self, format: str) -> dict[str, object]:
@@ -201,7 +201,7 @@ class Worker:
         began = time.perf_counter()
         packed = {name: quantize(weight) for name, weight in self.weights.items()}
         seconds = time.perf_counter() - began
-        self.quantized = {format: packed}
+        self.quantized[format] = packed
         return {"seconds": seconds, "bytes": sum(one.bytes for one in packed.values())}
 
     def decode(self, format: str, destination: str = "") -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +133,60 @@ def working(library: Library, weights: dict[str, torch.Tensor], workdir: Path, t
         save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "weights.safetensors")
         worker.load(folder / "weights.safetensors", threads)
         yield worker
+
+
+# Which of their formats stand beside one of ours when it is timed: the same job, whatever the format is called.
+BESIDE = {
+    "nf4": (
+        ("bitsandbytes", "nf4"), ("comfy-kitchen", "nvfp4"), ("comfy-kitchen", "w4a8"), ("torchao", "int4-group64"),
+        ("optimum-quanto", "int4-group128"), ("sdnq", "uint4"),
+    ),
+    "fp4": (("bitsandbytes", "fp4"),),
+    "nf4-double": (("bitsandbytes", "nf4-double"), ("torchao", "nf4-double")),
+    "fp8-tensor": (("comfy-kitchen", "fp8-tensor"), ("torchao", "fp8-tensor")),
+    "fp8-row": (("torchao", "fp8-row"), ("optimum-quanto", "fp8-row"), ("sdnq", "fp8")),
+    "int8-row": (
+        ("bitsandbytes", "int8-row"), ("comfy-kitchen", "int8-row"), ("torchao", "int8-row"), ("optimum-quanto", "int8-row"),
+        ("sdnq", "int8"),
+    ),
+}  # fmt: skip
+
+
+class Crew:
+    """Workers that hold the same weight, each started when it is first asked for."""
+
+    def __init__(self, weight: torch.Tensor, workdir: Path, threads: int) -> None:
+        self._weights, self._workdir, self._threads = {"weight": weight}, workdir, threads
+        self._stack = ExitStack()
+        self._workers: dict[str, Worker | PeerError] = {}
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def entries(self, operation: str, decodes: bool) -> list[tuple[str, Callable[[], Remote]]]:
+        """Who stands beside us in an operation, by name, each behind a function that starts it. That raises PeerError."""
+
+        def entry(package: str, format: str) -> tuple[str, Callable[[], Remote]]:
+            name = LIBRARIES[package].name
+            named = name if format == operation else f"{name} {format}"
+            return named, lambda: Remote(self._worker(package), format, decodes)
+
+        return [entry(package, format) for package, format in BESIDE.get(operation, ())]
+
+    def _worker(self, package: str) -> Worker:
+        if package not in self._workers:
+            try:
+                context = working(LIBRARIES[package], self._weights, self._workdir, self._threads)
+                self._workers[package] = self._stack.enter_context(context)
+            except PeerError as error:
+                self._workers[package] = error
+        found = self._workers[package]
+        if isinstance(found, PeerError):
+            raise found
+        return found
 
 
 class Remote:

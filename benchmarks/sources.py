@@ -11,18 +11,25 @@ from benchmarks.race import lacking_room
 from benchmarks.shapes import FluxShape, TensorShape, flux_of_size, one_tensor
 from benchmarks.units import format_size, parse_size
 
+SPARSE = "-sparse"
+
+
+def check(name: str) -> None:
+    """Raise ValueError when there is no source called `name`; nothing is written."""
+    _tensors(name.removesuffix(SPARSE))
+
 
 def prepare(workdir: Path, name: str, console: Console, seed: int = 0) -> Path:
     """Return the checkpoint called `name`, made first when it is not there.
 
-    Names are `4GB` (a Flux.2 of that size), `flux2-dev-sparse` (the full shape, all zeros, no disk) and
-    `one-tensor-4GB` (a single layer).
+    Names are `4GB` (a Flux.2 of that size), `16GB-sparse` and `flux2-dev-sparse` (of that size, and the full shape: all zeros,
+    no disk) and `one-tensor-4GB` (a single layer).
     """
     path = workdir / "sources" / f"{name}-seed{seed}.safetensors"
     if path.exists():
         return path
-    sparse = name.endswith("-sparse")
-    tensors, size = _tensors(name.removesuffix("-sparse"))
+    sparse = name.endswith(SPARSE)
+    tensors, size = _tensors(name.removesuffix(SPARSE))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not sparse and (reason := lacking_room(path.parent, size)):
         raise OSError(f"{path.name} {reason}")

@@ -1,19 +1,17 @@
-"""The tables of docs/rounding.md, written from the recorded results between two marks in it."""
+"""The tables of docs/rounding.md: what each way of rounding costs, as ratios to nearest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.machine import REPOSITORY
 from benchmarks.quality_methods import FORMATS, METHOD_TITLES
-from benchmarks.quality_results import Score, latest
+from benchmarks.quality_results import latest, method
+from benchmarks.results import Result
 
-DOCUMENT = REPOSITORY / "docs" / "rounding.md"
-BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->\n"
 TITLES = {
-    "fp8-tensor": "FP8 tensor", "fp8-block64": "FP8 64 x 64", "int8-row": "INT8 row", "int8-row-convrot": "INT8 row, rotated",
-    "int8-block128": "INT8 block 128", "nf4": "NF4", "fp4": "FP4",
+    "fp8-tensor": "FP8 tensor", "fp8-row": "FP8 row", "fp8-block64": "FP8 64 x 64", "int8-row": "INT8 row",
+    "int8-row-convrot": "INT8 row, rotated", "int8-block128": "INT8 block 128", "nf4": "NF4", "nf4-double": "NF4 double",
+    "fp4": "FP4",
 }  # fmt: skip
 # Of each model: what the cells of its table hold, and in what words.
 TABLES = {
@@ -35,35 +33,29 @@ TABLES = {
 }
 
 
-def table(rows: Sequence[Score], model: str) -> str:
+def table(rows: Sequence[Result], model: str) -> str:
     """The table of one model in markdown: a row per method, a column per format, ratios to nearest; "" without results."""
     metrics, caption = TABLES[model]
     found = {
-        (row.method, row.format, row.metric): row.ratio
+        (method(row), row.case, row.metric): row.ratio
         for row in latest(rows, model)
-        if row.metric in metrics and (not row.detail or row.metric == "worst layer")
+        if method(row) and row.metric in metrics and (not row.detail or row.metric == "worst layer")
     }
     formats = [name for name in FORMATS if any(key[1] == name for key in found)]
-    methods = [name for name in METHOD_TITLES if name != "rtn" and any(key[0] == name for key in found)]
-    if not formats or not methods:
+    ways = [name for name in METHOD_TITLES if name != "rtn" and any(key[0] == name for key in found)]
+    if not formats or not ways:
         return ""
     heads = "| --- " * (len(formats) + 1) + "|"
     lines = [f"{caption}.", "", "| | " + " | ".join(TITLES[name] for name in formats) + " |", heads]
-    for method in methods:
+    for way in ways:
         cells = []
         for name in formats:
-            ratios = [found.get((method, name, metric)) for metric in metrics]
+            ratios = [found.get((way, name, metric)) for metric in metrics]
             cells.append("" if ratios[0] is None else " / ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
-        lines.append(f"| {METHOD_TITLES[method]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {METHOD_TITLES[way]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def write(rows: Sequence[Score], document: Path = DOCUMENT) -> None:
-    """Put the tables in place. Raises ValueError when the document lacks the marks."""
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{document} has no place for tables between {BEGIN.strip()} and {END.strip()}")
-    tables = "\n".join(filter(None, (table(rows, model) for model in TABLES)))
-    document.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+def tables(rows: Sequence[Result]) -> str:
+    """The tables of all models."""
+    return "\n".join(filter(None, (table(rows, model) for model in TABLES)))

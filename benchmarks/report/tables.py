@@ -1,0 +1,126 @@
+"""The tables of README.md, ARCHITECTURE.md and docs/benchmarks.md, in markdown, from the recorded results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.cases import CASES
+from benchmarks.report.quality_pictures import AS_IT_COMES, CALIBRATED, PANELS, points
+from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations
+from benchmarks.results import Result
+
+SIZE = "4GB"
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+
+
+def memory(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def conversion_table(rows: Sequence[Result], source: str = SIZE) -> str:
+    """Whole conversions against cp and the peer."""
+    found = conversions(rows, source)
+    if not found:
+        return "Not measured yet.\n"
+    lines = []
+    for case, heat in found.items():
+        copied, mine, peer = heat["cp"], heat[OURS], heat.get(PEER)
+        if peer is None:
+            theirs, factor = "does not write it" if "--bnb-4bit" in CASES[case].ours else "", ""
+        elif peer.p50 is None:
+            theirs, factor = "does not write it" if peer.note.startswith("has no format") else "failed", ""
+        else:
+            theirs, factor = f"{peer.p50:.0f} s, {memory(peer.peak_anonymous_bytes)}", f"{peer.p50 / mine.p50:.1f}"
+        lines.append(
+            [CONVERSIONS[case], f"{mine.p50:.1f}", f"{copied.p50:.1f}", f"{mine.p50 / copied.p50:.2f}", theirs, factor,
+             memory(mine.peak_anonymous_bytes)]
+        )  # fmt: skip
+    heads = [
+        f"{source[:-2]} GB, Flux.2-shaped, to (with `--rtn` unless it says otherwise)", "seconds", "`cp` + fsync", "ratio",
+        f"{PEER} `--simple`", "times faster", "peak memory",
+    ]  # fmt: skip
+    shown = [row for heat in found.values() for row in heat.values()]
+    return f"{markdown(heads, lines)}\nMedians; each line is one session. {machine(shown)}.\n"
+
+
+def kernel_table(rows: Sequence[Result]) -> str:
+    """Each quantization of one weight in memory."""
+    found = operations(rows)
+    if not found:
+        return "Not measured yet.\n"
+    lines = []
+    for name, heat in found.items():
+        if name == "copy":
+            (copy,) = heat.values()
+            lines.append([KERNELS[name], "", f"{copy.bytes_per_second / 1e9:.1f} GB, and as much written", "", ""])
+            continue
+        mine = heat.get(OURS)
+        if mine is None or mine.p50 is None:
+            continue
+        speed = mine.bytes_per_second
+        plain = heat.get("plain torch")
+        others = [row for row in heat.values() if row.contender not in (OURS, "plain torch") and row.p50]
+        best = min(others, key=lambda row: row.p50, default=None)
+        lines.append(
+            [KERNELS[name], f"{speed / 2e9:.2g} billion", f"{speed / 1e9:.2g} GB" if speed < 1e10 else f"{speed / 1e9:.1f} GB",
+             _times(plain, mine), f"{_times(best, mine)} ({best.contender})" if best else ""]
+        )  # fmt: skip
+    heads = ["", "weights a second", "BF16 read a second", "against plain torch", "against the fastest other library"]
+    shown = [row for heat in found.values() for row in heat.values()]
+    return f"{markdown(heads, lines)}\nMedians. {machine(shown)}.\n"
+
+
+def _times(other: Result | None, mine: Result) -> str:
+    return "" if other is None or not other.p50 else f"{other.p50 / mine.p50:.2g} x"
+
+
+def quality_table(rows: Sequence[Result]) -> str:
+    """Every tool and format at the outputs of whole models: bits a weight and error, fewest bits first."""
+    parts = []
+    for model, (metric, _) in PANELS.items():
+        shown = sorted(points(rows, model, metric), key=lambda point: (round(point.bits, 1), point.error))
+        if not shown:
+            continue
+        ways = {AS_IT_COMES: f"**{OURS}**, as it comes", CALIBRATED: f"**{OURS}**, calibrated"}
+        lines = [
+            [f"{point.bits:.2f}", ways.get(point.method, point.contender), point.format, f"{point.error:.3g}"]
+            for point in shown
+        ]
+        parts.append(f"{model}, {metric}:\n\n" + markdown(["bits a weight", "tool", "format", "error"], lines))
+    note = machine([row for row in rows if row.source in PANELS]) if parts else ""
+    return "\n".join(parts) + f"\n{note}.\n" if parts else "Not measured yet.\n"
+
+
+def recovery_table(rows: Sequence[Result]) -> str:
+    """What a kill costs, newest of each case and moment."""
+    newest = {(row.case, row.contender, row.detail, row.metric): row for row in rows if row.p50 is not None}
+    cells = list(dict.fromkeys(key[:3] for key in newest if key[3] == "share lost"))
+    if not cells:
+        return "Not measured yet.\n"
+    lines = []
+    for cell in sorted(cells, key=lambda cell: (cell[1] != OURS, cell[0], cell[2])):
+        case, name, moment = cell
+
+        def value(metric: str, moment: str = moment, case: str = case, name: str = name) -> float | None:
+            row = newest.get((case, name, moment, metric))
+            return None if row is None else row.p50
+
+        again, first = value("bytes written again"), value("seconds to first write")
+        mine, title = name == OURS, CONVERSIONS.get(case, case)
+        lines.append(
+            [name, title, moment, f"{value('seconds', 'uninterrupted'):.1f} s",
+             f"{value('seconds'):.1f} s", f"{value('seconds lost'):.1f} s",
+             f"{max(again, 0) / 1e6:.1f} MB" if mine and again is not None else "everything",
+             f"{first:.1f} s" if mine and first is not None else ""]
+        )  # fmt: skip
+    heads = ["", "to", "", "uninterrupted", "going on", "lost in all", "written again", "until it writes again"]
+    shown = [newest[key] for key in newest if key[:3] in cells]
+    source = ", ".join(sorted({row.source for row in shown}))
+    return f"{markdown(heads, lines)}\nMedians; source of {source}, cold. {machine(shown)}.\n"
