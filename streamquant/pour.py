@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,61 +26,18 @@ from streamquant.budget import TileSizes, anonymous_bytes
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import TileReader
 from streamquant.formats import Encoded, Encoder, Fill
-from streamquant.formats.base import OutputErrors
 from streamquant.formats.plain import to_float32
-from streamquant.kernels import ErrorSums, select
+from streamquant.kernels import select
 from streamquant.options import Observer, Options
 from streamquant.plan import Plan, Unit
 from streamquant.prefetch import Prefetcher
 from streamquant.report import LayerResult, layer_result
 from streamquant.rounding.knowledge import LayerKnowledge
-from streamquant.session import Session, prefix_hashers
+from streamquant.session import Session
+from streamquant.work import Tile, Work
 
 SYNC_BYTES = 128 << 20  # how much may be written before it is made durable; costs nothing, the disk is busy anyway
 FILL_CHUNK = 1 << 20
-
-
-class Work:
-    """A unit being converted: its encoder, a running hash per streamed output, its error sums.
-
-    preparation: what decides its rounding, being made.
-    """
-
-    def __init__(self, unit: Unit):
-        self.unit = unit
-        self.encoder: Encoder = unit.format.encoder(unit.shape, unit.origin)
-        self.preparation: Future | None = None
-        self.streamed = [output for output in unit.outputs if output.streamed]
-        self.hashers = [xxhash.xxh3_64() for _ in self.streamed]
-        self.sums = ErrorSums()
-        self.output = OutputErrors()
-        self.begin = 0
-        self.observes = self.encoder.passes == 2  # whether a first pass is part of this run
-        self.learned = not self.observes
-
-    def skip_first_pass(self, state: Any) -> None:
-        """Take over what an interrupted run learned in its first pass."""
-        self.encoder.restore(state)
-        self.observes, self.learned = False, True
-
-    def take_up(self, record: dict[str, Any], session: Session) -> None:
-        """Go on where an interrupted run stopped in the middle of this unit."""
-        self.begin = record["end"]
-        self.skip_first_pass(record["state"])
-        self.sums = ErrorSums(*record["sums"])
-        self.output = OutputErrors(*record["output"])
-        self.hashers = list(prefix_hashers(session, self.unit, self.streamed, self.begin))
-
-
-@dataclass
-class Tile:
-    """Elements [begin, end) of a unit, on their way through a worker."""
-
-    work: Work
-    begin: int
-    end: int
-    observing: bool
-    future: Future
 
 
 class Pour:
