@@ -154,7 +154,7 @@ def convert(**given: Any) -> None:
         _convert(given, screen)
     except RunError as error:
         hint = "" if isinstance(error, InterruptedRunError) and given["resume"] else " --resume"
-        screen.fail(error, go_on_with=shlex.join(["streamquant", *sys.argv[1:]]) + hint)
+        screen.fail(error, go_on_with=" ".join(map(_quoted, ["streamquant", *sys.argv[1:]])) + hint)
         sys.exit(error.exit_code)
     except StreamquantError as error:
         screen.fail(error)
@@ -193,6 +193,19 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
         from streamquant.pages import write_conversion_page
 
         write_conversion_page(given["report"], source, report)
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell reads it; control characters, which a terminal would act on, as bash and zsh write them."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = (character if character.isprintable() else _escaped(character) for character in word)
+    return "$'" + "".join("\\" + part if part in ("'", "\\") else part for part in shown) + "'"
+
+
+def _escaped(character: str) -> str:
+    """A character by the bytes that it is in a file name."""
+    return "".join(f"\\{byte:03o}" for byte in os.fsencode(character))
 
 
 def _source(given: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.scenarios import make_sources
+from faults.scenarios import TILES, make_sources
 from small_checkpoints import EVERY_FORMAT, floats, save
 
 from streamquant import budget, errors, pour
@@ -164,43 +165,32 @@ def test_a_read_only_folder(source, out):
 # -- names
 
 
-@pytest.mark.parametrize(
-    "name", ["with space", "ünï çødé 模型", "new\nline", "tab\tquote'\"$x`", "-dash", "{braces}[red]", "..dots", "a\\b", "\x1b[31m"]
-)
-def test_odd_names(source, tmp_path, name):
-    """The printed command, given to a shell, goes on; nothing in the name is taken for anything but a name."""
-    folder = tmp_path / name / "x" / ".."
+NAMES = ["with space", "ünï çødé 模型", "new\nline", "tab\tquote'\"$x`", "-dash", "{braces}[red]", "..dots", "a\\b", "\x1b[31m"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_names(ordeals, server, source, tmp_path, name):
+    """Nothing in a name is taken for anything but a name; and the command that is printed, given to a shell, goes on."""
+    ordeals("two passes")  # warms the server up
     (tmp_path / name / "x").mkdir(parents=True)
     moved = source.rename(tmp_path / name / f"{name}.safetensors")
+    folder = tmp_path / name / "x" / ".."
     out = folder / f"{name} out.safetensors"
-    done = subprocess.run(
-        [*COMMAND, "convert", str(moved), "-o", str(out), *FLAGS, "--json"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in folder.iterdir() if path.is_file()].count(out.name) == 1
-    done = subprocess.run([*COMMAND, "convert", str(moved), "-o", str(out), *FLAGS], capture_output=True, text=True)
-    assert done.returncode == 4 and "Traceback" not in done.stderr and "\x1b" not in done.stderr
-
-
-def test_the_command_that_is_printed_goes_on_in_a_shell(tmp_path):
-    folder = tmp_path / "it's a \"folder\" $HOME"
-    folder.mkdir()
-    source = save(folder / "m m.safetensors", {f"l{n}.weight": floats(512, 512, seed=n) for n in range(16)})
-    out = folder / "o'ut.safetensors"
-    command = [*COMMAND, "convert", str(source), "-o", str(out), "--bnb-4bit", "--preset", "none", "--memory-budget", "160MiB"]
-    for delay in (0.6, 0.8, 1.0, 1.3, 1.7):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        time.sleep(delay)
-        process.terminate()
-        _, err = process.communicate()
-        if process.returncode == 130:
-            break
-        out.unlink(missing_ok=True)
-    else:
-        pytest.skip("this machine was never in the middle of it when it was asked to stop")
-    printed = next(line for line in err.splitlines() if line.startswith("go on with: ")).removeprefix("go on with: streamquant")
-    subprocess.run(["sh", "-c", f"{shlex.join(COMMAND)} {printed}"], check=True, capture_output=True)
-    assert out.exists() and hidden(folder) == []
+    arguments = ["convert", str(moved), "-o", str(out), *FLAGS]
+    job = {"arguments": arguments, "source": str(moved), "destination": str(folder), **TILES}
+    full = {"at": 9, "how": "fail", "error": errno.ENOSPC, "sticky": True, "calls": {"destination": ["pwrite"]}}
+    result = server.run(**job, orders=full)
+    assert result.exit == 7 and not out.exists(), result.err
+    printed = result.err[result.err.index("go on with: streamquant ") :].removeprefix("go on with: streamquant ")
+    assert printed.count("\n") == 1 and not re.search("[\x00-\x09\x0b-\x1f]", printed)
+    shell = shutil.which("bash") or pytest.skip("needs bash: that is where $'\\n' can be written")
+    words = subprocess.run([shell, "-c", f'printf "%s\\0" {printed}'], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == [*arguments, "--resume"]
+    result = server.run(**job | {"arguments": [*arguments, "--resume"]})
+    left = [path for path in folder.iterdir() if path.suffix in (".journal", ".partial")]
+    assert result.exit == 0 and out.exists() and not left, result.err
+    result = server.run(**job)
+    assert result.exit == 4 and "\x1b" not in result.err, result.err
 
 
 @pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}, {"resume": True, "force": True}], ids=str)
