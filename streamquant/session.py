@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class Session:
 
     done: unit -> its last journal record ("hashes", "sums"). begun: the unit in hand when the run broke off, if its first
     tiles are intact. learned: unit -> result of its first pass. published: numbers of files that have their final names.
+    syncs_names: whether the filesystem can make names durable.
     """
 
     plan: Plan
@@ -40,6 +42,7 @@ class Session:
     begun: dict[int, dict[str, Any]] = field(default_factory=dict)
     learned: dict[int, Any] = field(default_factory=dict)
     published: set[int] = field(default_factory=set)
+    syncs_names: bool = True
 
     def abandon(self) -> None:
         """Close everything on the way out of a failure, which is the one to be told. What was written is kept."""
@@ -143,6 +146,8 @@ def _noted(session: Session, note: Callable[[str], None]) -> Session:
     """The session, once it is said what its filesystem cannot do."""
     if not all(file.preallocated for file in session.files) and not session.resumed:
         note("This filesystem cannot reserve space: a full disk will show only when it is full (and --resume goes on).")
+    if not session.syncs_names and os.name == "posix":
+        note("This filesystem cannot make names durable: after a power cut the finished file may be missing.")
     if not session.journal.locked:
         note("This filesystem has no locks: see to it that no other conversion writes to the same name meanwhile.")
     return session
@@ -166,7 +171,7 @@ def _create_files(session: Session) -> None:
     """Make the partial files. The journal's name is made safe before theirs: nothing else would lead to them."""
     folder = session.names.destination.parent
     with writing(session.names.journal):
-        sync_folder(folder)
+        session.syncs_names = sync_folder(folder)
     for planned, file in zip(session.plan.files, session.files, strict=True):
         remove(file.partial)
         file.create(planned.header)

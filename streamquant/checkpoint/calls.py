@@ -55,15 +55,20 @@ def remove(path: Path) -> None:
         repeated(os.unlink, path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where folders can be opened (not on Windows). Raises OSError."""
+def sync_folder(folder: Path) -> bool:
+    """Make the names in a folder durable. Returns False where the system cannot (as Windows, some network drives).
+
+    Raises OSError.
+    """
     if os.name != "posix":
-        return
+        return False
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+        return False
     finally:
         close_read(descriptor)
+    return True
