@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass, field
 
 import regex
-from rich.cells import cell_len
 
 from streamquant.checkpoint.header import printable
 from streamquant.errors import PatternError
@@ -58,6 +57,8 @@ class Pattern:
         said = f"{self.origin} is not a valid regular expression: {printable(words)}"
         if position is None:
             return f"{said}.\n    {printable(self.text, SHOWN)}"
+        from rich.cells import cell_len  # only here: a help text needs no rich
+
         position = min(position, len(self.text))
         begin = max(position - SHOWN // 2, 0) if len(self.text) > SHOWN else 0
         before = ("..." if begin else "") + printable(self.text[begin:position], SHOWN)

@@ -6,6 +6,8 @@ Precedence: layer config > custom layers > excluded layers > preset > base forma
 from __future__ import annotations
 
 import functools
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,8 @@ class Recipe:
             return None
         hasher = xxhash.xxh3_64()
         try:
+            if not stat.S_ISREG(os.stat(self.calibration).st_mode):  # a pipe would be empty when it is read again
+                raise CalibrationError(f"{printable(str(self.calibration), 300)}: the calibration file is no regular file.")
             with open(self.calibration, "rb") as file:
                 while chunk := file.read(1 << 24):
                     hasher.update(chunk)

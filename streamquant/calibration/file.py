@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from streamquant.checkpoint.header import build_header, layout, printable, read_header
+from streamquant.checkpoint.kinds import refuse_other_kinds
 from streamquant.checkpoint.mapping import Mapping, why_no_mapping
 from streamquant.checkpoint.positioned import close_read, read_at
 from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError, SourceReadError
@@ -172,6 +173,8 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     when there is nothing to read.
     """
     shown = printable(os.fspath(path), limit=4096)
+    if os.path.exists(path):  # of what is not there, `read_header` says so
+        refuse_other_kinds(Path(path))
     header = read_header(path)
     metadata = header.metadata
     if metadata.get("format") != FORMAT:
@@ -189,9 +192,10 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, info in header.tensors.items():
         layer, _, part = name.rpartition(".")
-        if not layer or _DTYPES.get(part) != info.dtype or len(info.shape) != _DIMENSIONS[part]:
-            what = f"{printable(name)} ({info.dtype}, {len(info.shape)}-D)"
-            raise CalibrationError(f"{shown}: {what} has no place in a calibration file.")
+        if not layer or _DTYPES.get(part) != info.dtype or (part == "count" and info.shape != ()):
+            raise CalibrationError(f"{shown}: {printable(name)} ({info.dtype}) has no place in a calibration file.")
+        if len(info.shape) != _DIMENSIONS[part]:
+            raise CalibrationError(f"{shown}: {printable(name)} has the wrong dimension, {len(info.shape)}.")
         raw = data[header.data_start + info.start : header.data_start + info.end]
         # The data section need not be aligned to 4 bytes in a file that others wrote.
         parts.setdefault(layer, {})[part] = np.frombuffer(raw, dtype=_NUMPY[info.dtype]).reshape(info.shape)

@@ -21,8 +21,9 @@ from streamquant import errors
 from streamquant.checkpoint.calls import UNSUPPORTED
 from streamquant.checkpoint.header import Header, TensorInfo, printable, read_header
 from streamquant.checkpoint.json_text import load_json
+from streamquant.checkpoint.kinds import pickles_in, refuse_other_kinds
 from streamquant.checkpoint.mapping import Mapping, why_no_mapping
-from streamquant.checkpoint.positioned import close_read, read_at, read_whole
+from streamquant.checkpoint.positioned import close_read, read_at
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     files, tensors, metadata = [], {}, {}
     for number, (shard, listed) in enumerate(shards.items()):
         # Taken before the header is read, so that a change while it is read shows when the file is opened again.
-        mtime_ns = _refuse_other_kinds(shard)
+        mtime_ns = refuse_other_kinds(shard)
         header = read_header(shard)
         if listed is not None:
             _check_shard(path, shard, header, listed)
@@ -159,40 +160,15 @@ def _find_in_folder(folder: Path) -> Path:
             raise errors.SourceMissingError(
                 f"{where} is a diffusers pipeline: give the folder of the model itself, {where}/transformer for instance."
             )
+        if pickles := pickles_in(folder):
+            names = ", ".join(map(printable, pickles[:3]))
+            raise errors.NotSafetensorsError(
+                f"The folder {where} holds PyTorch files only ({names}), which can run code when they are loaded, so they are "
+                f"not opened here: get the model as .safetensors."
+            )
         raise errors.SourceMissingError(f"The folder {where} holds no .safetensors file and no shard index.")
     names = ", ".join(printable(entry.name) for entry in (indexes or singles)[:5])
     raise errors.SourceMissingError(f"The folder {where} holds several checkpoints ({names}): name one of them.")
-
-
-_MAGICS = (
-    (b"GGUF", "a GGUF file, which is quantized already: convert from the original safetensors checkpoint"),
-    (b"PK\x03\x04", "a PyTorch pickle archive (.pt, .ckpt, .bin), which can run code when loaded: save it as safetensors"),
-    *((bytes([0x80, version]), "a pickle, which can run code when loaded: save it as safetensors") for version in range(2, 6)),
-    (b"\x93NUMPY", "a numpy file: save it as safetensors"),
-    (b"\x89HDF", "an HDF5 file: save it as safetensors"),
-    (b"\x1f\x8b", "a gzip file: unpack it first"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch the file with `git lfs pull`"),
-)
-
-
-def _refuse_other_kinds(path: Path) -> int:
-    """Raises NotSafetensorsError for a file known to be of another kind; returns the modification time of any other."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a named pipe would wait for ever; `read_header` says what it is
-            return found.st_mtime_ns
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            start = read_whole(descriptor, 32)
-        finally:
-            close_read(descriptor)
-    except OSError as error:
-        raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
-    for magic, what in _MAGICS:
-        # The first 8 bytes of a safetensors file are a length, which a magic could equal; byte 8 is then a brace.
-        if start.startswith(magic) and start[8:9] != b"{":
-            raise errors.NotSafetensorsError(f"{printable(str(path), 300)} is {what}.")
-    return found.st_mtime_ns
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:

@@ -209,9 +209,9 @@ def a_zip(path) -> None:
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 123456789\n"
 KINDS = {
     "GGUF": b"GGUF\x03\x00\x00\x00" + bytes(40),
-    "pickle archive": a_zip,
-    "a pickle": b"\x80\x02}q\x00." + bytes(40),
-    "a pickle,": b"\x80\x05\x95\x0b\x00\x00\x00\x00\x00\x00\x00}." + bytes(40),
+    "a PyTorch file (a zip archive of a pickle": a_zip,
+    "a Python pickle": b"\x80\x02}q\x00." + bytes(40),
+    "a Python pickle (": b"\x80\x05\x95\x0b\x00\x00\x00\x00\x00\x00\x00}." + bytes(40),
     "numpy": b"\x93NUMPY\x01\x00" + bytes(40),
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(40),
     "gzip": b"\x1f\x8b\x08\x00" + bytes(40),

@@ -100,9 +100,9 @@ def test_shards_and_plain_files(tmp_path):
 def test_gguf_and_what_is_no_checkpoint(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(48))
     assert isinstance(inspect(tmp_path / "model.gguf"), GgufSummary)
-    (tmp_path / "junk.bin").write_bytes(b"\xff" * 64)
+    (tmp_path / "junk.dat").write_bytes(b"\xff" * 64)
     with pytest.raises(errors.HeaderLengthError):
-        inspect(tmp_path / "junk.bin")
+        inspect(tmp_path / "junk.dat")
     with pytest.raises(errors.SourceMissingError):
         inspect(tmp_path / "missing.safetensors")
 
