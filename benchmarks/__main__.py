@@ -243,6 +243,21 @@ def faults(size: str, cases: str, moments: str, runs: int, peer: bool, cold: str
     run(_cases(cases), size, shares, runs, workdir, CHILLS[cold], Console(), peer)
 
 
+@main.command()
+@click.option("--counts", default="12500,25000,50000,100000,200000", show_default=True, help="Numbers of tensors, by commas.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True)
+@_workdir
+def tensors(counts: str, runs: int, workdir: Path) -> None:
+    """Time every step on checkpoints of many tiny tensors: it should grow with their number and no faster."""
+    from benchmarks.tensors import run
+
+    try:
+        numbers = [int(count) for count in counts.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--counts takes numbers, by commas: {error}.") from error
+    run(numbers, runs, workdir, Console())
+
+
 @main.command("train-tiny")
 @click.option("--output", type=click.Path(path_type=Path), help="The weights; default: those of the repository.")
 @click.option("--steps", type=click.IntRange(1), default=3600, show_default=True)

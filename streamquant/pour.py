@@ -227,9 +227,9 @@ class Pour:
         if bad.size:
             what = f"is {values[bad[0]]} (as float32)"
         else:
-            # Only a cast makes infinities out of finite numbers, and of the largest first.
+            # A cast makes infinities out of finite numbers, at the end of float32 some formats too; of the largest first.
             bad = np.array([np.abs(values).argmax()])
-            what = f"is {values[bad[0]]}, beyond what {unit.outputs[0].dtype} can hold"
+            what = f"is {values[bad[0]]}, beyond what {unit.format.name if unit.quantized else unit.outputs[0].dtype} can hold"
         index = np.unravel_index(begin + int(bad[0]), unit.shape)
         where = ", ".join(str(int(part)) for part in index)
         raise errors.NonFiniteError(

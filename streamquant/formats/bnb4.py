@@ -148,13 +148,15 @@ class BlockEncoder(Encoder):
         encoded = Encoded()
         if self.rounding is None or not (self.searches or self.rounding.refines):
             packed, absmax = backend.bnb4(tile, self.block_size, self.book, encoded.sums)
-            encoded.finite = bool(np.isfinite(absmax).all())
-            encoded.payloads = [packed, *self.written(absmax)]
+            written = self.written(absmax)
+            encoded.finite = bool(np.isfinite(absmax).all() and np.isfinite(self.read(written)).all())
+            encoded.payloads = [packed, *written]
             return encoded
         plain = self.absmax(backend, tile)
         encoded.finite = bool(np.isfinite(plain).all())
         absmax = self._chosen(backend, tile, plain)
         written = self.written(absmax)
+        encoded.finite &= bool(np.isfinite(self.read(written)).all())
         if not encoded.finite:
             packed, _ = backend.bnb4(tile, self.block_size, self.book, encoded.sums)
         elif self.rounding.refines:
@@ -233,6 +235,7 @@ class NestedEncoder(BlockEncoder):
     def written(self, absmax: np.ndarray) -> list[np.ndarray]:
         return list(encode_dynamic(absmax - self.offset))
 
+    @np.errstate(over="ignore", invalid="ignore")  # 8 bits may round the largest absmax of all beyond float32
     def read(self, written: list[np.ndarray]) -> np.ndarray:
         codes, nested_absmax = written
         return DYNAMIC_MAP[codes] * np.repeat(nested_absmax, NESTED_BLOCK_SIZE)[: codes.size] + self.offset

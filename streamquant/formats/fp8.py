@@ -138,6 +138,9 @@ class Float8Encoder(ScaledEncoder):
 
     def searched(self, backend: Any, tile: Any, absmax: np.ndarray, encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
         multiplier = self.rounding.e4m3_multiplier(backend, tile, self.geometry, absmax, encoded)
+        with np.errstate(over="ignore"):  # a larger scale than absmax gives may lead beyond float32
+            held = np.isfinite(self.maximum * (np.float32(1) / multiplier))
+        multiplier = np.where(held, multiplier, self.scales(absmax)[0])
         return multiplier, np.float32(1) / multiplier
 
     def codes(self, backend: Any, tile: Any, group: int, scales: tuple[np.ndarray, ...], sums: Any) -> np.ndarray:

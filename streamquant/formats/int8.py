@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST_SCALE = {"tensor": np.float32(1e-12), "row": np.float32(1e-12), "block": np.float32(1e-8)}
+LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(INT8_MAX), np.float32(0))  # 127 times it is finite
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Int8Encoder(ScaledEncoder):
     grid = "int8"
 
     def scales(self, absmax: np.ndarray) -> tuple[np.ndarray]:
-        scale = absmax / np.float32(INT8_MAX)
+        scale = np.minimum(absmax / np.float32(INT8_MAX), LARGEST_SCALE)
         return (np.maximum(scale, SMALLEST_SCALE[self.geometry.mode]),)
 
     def codes(self, backend: Any, tile: Any, group: int, scales: tuple[np.ndarray, ...], sums: Any) -> np.ndarray:

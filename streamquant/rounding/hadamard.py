@@ -16,6 +16,7 @@ from .hessian import LayerHessian
 
 SAMPLED_ROWS = 64
 SMALLEST_SCALE = np.float32(1e-12)
+LARGEST = np.finfo(np.float32).max  # beyond which a sum of a group's weights may lead
 H4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=np.float64)
 
 
@@ -46,7 +47,8 @@ def unrotated_layers(
         def cost(error: np.ndarray, known: LayerHessian | None = known) -> float:
             return float(np.square(error).sum() if known is None else known.output_error(error).sum())
 
-        if cost(_rotated_error(rows, unit.format.convrot_group_size)) >= cost(_error(rows)):
+        size = unit.format.convrot_group_size
+        if np.abs(rows).max() > LARGEST / size or cost(_rotated_error(rows, size)) >= cost(_error(rows)):
             layers.add(unit.layer)
     return frozenset(layers)
 

@@ -60,3 +60,14 @@ def test_kernels_record_the_missing_too() -> None:
     assert second.ratio_to == "first" and second.ratio > 0
     assert absent.runs == 0 and absent.note == "ImportError: no such library"
     assert "missing DOES NOT TAKE PART" in console.file.getvalue()
+
+
+def test_time_against_the_number_of_tensors(tmp_path: Path) -> None:
+    from benchmarks import tensors
+
+    rows: list[Result] = []
+    tensors.run([40, 80], 1, tmp_path, Console(file=io.StringIO()), rows.extend)
+    assert [row.case for row in rows if row.contender == "convert"] == ["40 tensors", "80 tensors"]
+    assert all(row.p50 and row.p50 > 0 for row in rows)
+    assert {row.ratio_to for row in rows} == {"", tensors.REFERENCE}
+    assert list((tmp_path / "tensors").iterdir()) == []
