@@ -33,6 +33,8 @@ STYLE = {
     "figure.dpi": 150,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.12,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
