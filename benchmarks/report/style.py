@@ -112,6 +112,9 @@ def legend_below(figure: Figure, *axes: Axes, columns: int | None = None) -> Non
 def save(figure: Figure, path: Path) -> Path:
     """Write it, without a date, so that the same results give the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        figure.savefig(path, metadata={"Date": None})
+    else:
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
