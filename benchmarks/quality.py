@@ -195,8 +195,8 @@ def line(scores: Sequence[Result]) -> str:
     for row in scores[1:]:
         if row.p50 is None or (row.detail and row.metric != "worst layer"):
             continue
-        by = f" ({row.ratio:+.3f})" if row.metric in IN_DECIBEL else f" (x {row.ratio:.3f})"
-        parts.append(f"{row.metric} {row.p50:.4g}{by if row.ratio is not None else ''}")
+        by = "" if row.ratio is None else f" ({row.ratio:+.3f})" if row.metric in IN_DECIBEL else f" (x {row.ratio:.3f})"
+        parts.append(f"{row.metric} {row.p50:.4g}{by}")
     return f"{first.case} {first.contender}, {first.p50 or 0:.1f} s: {'; '.join(parts)}"
 
 

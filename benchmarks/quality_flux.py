@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import tiny_shapes
-from benchmarks.quality_layers import Measured, output_error, second_moments
+from benchmarks.quality_layers import Measured, OnDemand, output_error, second_moments
 from benchmarks.tiny_flux import TinyFlux2
 from streamquant.calibration import collect, self_calibrate
 
@@ -64,9 +64,7 @@ class FluxStudy:
         self.original = {name: weight.clone() for name, weight in self.model.state_dict().items()}
         # The scored path is walked once, watched by the judge.
         self.moments = second_moments(self.model, self.keys, self._walk)
-        self.calibrations = {
-            kind: self._calibrate(kind, workdir / f"{source.stem}-{kind}.safetensors") for kind in ("sketch", "dense", "noise")
-        }
+        self.calibrations = OnDemand(lambda kind: self._calibrate(kind, workdir / f"{source.stem}-{kind}.safetensors"))
 
     def _walk(self) -> None:
         self.latent = sample(self.model, self.noise, self.context, lambda _, x, v: self.path.append((x, v)))

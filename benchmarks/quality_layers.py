@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ class Measured:
 
     layers: dict[str, float] = field(default_factory=dict)
     whole: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+class OnDemand(dict[str, Path]):
+    """Files by kind, each made by `make(kind)` when it is first asked for: a calibration takes minutes."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = self._make(kind)
+        return self[kind]
 
 
 def second_moments(model: nn.Module, keys: Iterable[str], run: Callable[[], object]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import minilm
-from benchmarks.quality_layers import Measured, output_error, second_moments
+from benchmarks.quality_layers import Measured, OnDemand, output_error, second_moments
 from streamquant.calibration import collect
 
 SENTENCES = 200
@@ -33,8 +33,7 @@ class MiniLMStudy:
         self.original = minilm.load_file(self.source)
         self.moments = second_moments(self.model, self.keys, self.embed)
         self.embeddings = self.embed()
-        kinds = ("sketch", "dense")
-        self.calibrations = {kind: self._calibrate(kind, workdir / f"minilm-{kind}.safetensors") for kind in kinds}
+        self.calibrations = OnDemand(lambda kind: self._calibrate(kind, workdir / f"minilm-{kind}.safetensors"))
 
     @torch.no_grad()
     def embed(self) -> Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.quality_layers import Measured
+from benchmarks.quality_layers import Measured, OnDemand
 from benchmarks.weights import Weights
 from streamquant.calibration import collect
 
@@ -71,8 +71,7 @@ class SyntheticStudy:
             name: Inputs(columns, name.endswith("mlp.2"), seed) for seed, (name, (_, columns)) in enumerate(LAYERS.items())
         }
         self.held_out = {name: self._tokens(name, scored_on) for name in LAYERS}
-        kinds = ("sketch", "dense")
-        self.calibrations = {kind: self._calibrate(kind, workdir / f"synthetic-{kind}.safetensors") for kind in kinds}
+        self.calibrations = OnDemand(lambda kind: self._calibrate(kind, workdir / f"synthetic-{kind}.safetensors"))
 
     def _tokens(self, name: str, part: str) -> Tensor:
         return torch.cat([self.inputs[name](prompt, time) for prompt in SETS[part] for time in TIMES])

@@ -27,10 +27,16 @@ def parts(read: Read) -> dict[str, str]:
         "kernels": tables.kernel_table(read("kernels")),
         "rounding": rounding_tables.tables(quality),
         "quality": tables.quality_table(quality),
-        "recovery": tables.recovery_table(read("faults")),
+        "recovery": _pictured("After a kill", "recovery", tables.recovery_table(read("faults")), read("faults")),
+        "tensors": _pictured("Time against the number of tensors", "tensors", "", read("tensors")),
         "quality-losses": losses.quality_loss_table(quality),
         "speed-losses": losses.speed_loss_table(read),
     }
+
+
+def _pictured(title: str, name: str, text: str, rows: Sequence[Result]) -> str:
+    """A part with its picture, which is there only when there are results."""
+    return f"![{title}](benchmarks/{name}.svg)\n\n{text}" if rows else "Not measured yet."
 
 
 def stale(read: Read | None = None, repository: Path = REPOSITORY) -> dict[Path, str]:

@@ -33,6 +33,8 @@ STYLE = {
     "figure.dpi": 150,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.12,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -110,6 +112,9 @@ def legend_below(figure: Figure, *axes: Axes, columns: int | None = None) -> Non
 def save(figure: Figure, path: Path) -> Path:
     """Write it, without a date, so that the same results give the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    if path.suffix == ".svg":
+        figure.savefig(path, metadata={"Date": None})
+    else:
+        figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,23 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from benchmarks import minilm, quality, quality_flux, quality_methods, quality_peer, quality_results
+from benchmarks import (
+    minilm,
+    quality,
+    quality_converter,
+    quality_flux,
+    quality_methods,
+    quality_results,
+    quality_rivals,
+    rivals,
+)
 from benchmarks.__main__ import main
+from benchmarks.peers import PeerError
 from benchmarks.quality_flux import FluxStudy, psnr
 from benchmarks.quality_layers import Measured, one_thread, output_error, second_moments
 from benchmarks.quality_methods import Quantized
 from benchmarks.quality_synthetic import Inputs
-from benchmarks.results import SchemaError
+from benchmarks.results import Result
 from benchmarks.tiny_flux import FluxSize, TinyFlux2
 
 
@@ -55,24 +65,18 @@ def test_psnr_is_decibel_of_the_full_range_over_the_error() -> None:
     assert psnr(images, reference) == pytest.approx((20 + 40) / 2, abs=1e-4)
 
 
-def row(**changes: object) -> quality_results.Score:
-    base = quality_results.score("2026-01-01T00:00:00+00:00", "m", "final", "nf4", "rtn", "1 - cosine", 0.5)
-    return replace(base, **changes)
+def row(contender: str, time: str, model: str = "m", value: float = 0.5) -> Result:
+    return quality_results.score(time, model, "nf4", contender, "1 - cosine", value)
 
 
-def test_results_come_back_and_only_grow(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "quality.csv"
-    first, second = row(ratio=1.0, bytes=7), row(time="2026-01-02T00:00:00+00:00", value=0.25, seconds=1.5)
-    quality_results.append([first], path)
-    quality_results.append([second, row(model="other", time="2027")], path)
-    assert quality_results.read(path) == [first, second, row(model="other", time="2027")]
-    other = row(method="sketch")
-    assert quality_results.latest([*quality_results.read(path), other], "m") == [second, other]
-    path.write_text("time,value\n")
-    with pytest.raises(SchemaError, match="other columns"):
-        quality_results.append([first], path)
+def test_of_each_contender_the_last_run_counts() -> None:
+    first, second = row("streamquant rtn", "2026-01-01"), row("streamquant rtn", "2026-01-02", value=0.25)
+    other, rival = row("streamquant sketch", "2026-01-01"), row("torchao 0.18.0", "2026-01-01")
+    rows = [first, second, row("streamquant rtn", "2027", model="other"), other, rival]
+    assert quality_results.latest(rows, "m") == [second, other, rival]
+    assert [quality_results.method(one) for one in (second, other, rival)] == ["rtn", "sketch", ""]
     with pytest.raises(ValueError, match="no such metric"):
-        quality_results.score("", "m", "final", "nf4", "rtn", "beauty", 1.0)
+        quality_results.score("", "m", "nf4", "streamquant rtn", "beauty", 1.0)
 
 
 class KnownStudy:
@@ -98,23 +102,74 @@ def test_a_cell_is_compared_with_nearest_in_its_format(monkeypatch: pytest.Monke
     monkeypatch.setattr(quality_methods, "quantize", quantize)
     monkeypatch.setattr(quality, "open_study", lambda *_: KnownStudy())
     cells = quality.Settings(["flux"], ["nf4"], ["structure", "scales", "sketch", "rtn"], "final", tmp_path)
-    recorded: list[quality_results.Score] = []
+    recorded: list[Result] = []
     console = Console(file=io.StringIO(), width=300)
     quality.run(cells, console, recorded.extend)
-    assert list(dict.fromkeys(score.method for score in recorded)) == ["rtn", "scales", "sketch"]
-    found = {(score.method, score.metric, score.detail): score for score in recorded}
+    assert list(dict.fromkeys(map(quality_results.method, recorded))) == ["rtn", "scales", "sketch"]
+    found = {(quality_results.method(score), score.metric, score.detail): score for score in recorded}
     assert found["sketch", "velocity error", ""].ratio == pytest.approx(0.5)
+    assert found["sketch", "velocity error", ""].ratio_to == "streamquant rtn"
     assert found["sketch", "PSNR", ""].ratio == pytest.approx(10 * math.log10(2))
-    assert found["sketch", "layer output error", ""].value == pytest.approx(0.02, rel=1e-5)
+    assert found["sketch", "layer output error", ""].p50 == pytest.approx(0.02, rel=1e-5)
     assert found["scales", "layer output error", ""].ratio == pytest.approx(math.sqrt(1.05 * 0.5), rel=1e-5)
     assert found["scales", "worst layer", "a"].ratio == pytest.approx(1.05, rel=1e-5)
     assert found["sketch", "layer output error", "b"].ratio == pytest.approx(0.5)
     assert ("rtn", "layer output error", "b") not in found
-    assert {(score.bytes, score.seconds) for score in recorded} == {(100, 0.5)}
+    assert found["rtn", "seconds", ""].p50 == 0.5
+    assert {(score.output_bytes, score.size_bytes) for score in recorded} == {(100, 4)}, "two weights of two bytes each"
     assert "0.50 / 0.50 / 0.50" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("wrong", [dict(models=["bert"]), dict(formats=["fp9"]), dict(methods=["luck"])])
+class FakeWorker:
+    """A library that keeps one weight as it is, halves the other, and knows no FP4."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        self.weights = weights
+
+    def quantize(self, format: str) -> tuple[float, int]:
+        if format == "fp4":
+            raise PeerError("KeyError: 'fp4'")
+        return 0.25, 50
+
+    def decoded(self, format: str) -> dict[str, torch.Tensor]:
+        return {name: weight / 2 if name == "b" else weight for name, weight in self.weights.items()}
+
+
+def test_other_tools_are_compared_with_the_product_at_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "source.safetensors"
+    save_file({"a": torch.tensor(0.02), "b": torch.tensor(0.08), "kept": torch.tensor(0.01)}, source)
+    ours = {"a": torch.tensor(0.02), "b": torch.tensor(0.08), "kept": torch.tensor(0.01)}
+    monkeypatch.setattr(KnownStudy, "source", source)
+    monkeypatch.setattr(quality, "open_study", lambda *_: KnownStudy())
+    monkeypatch.setattr(quality_methods, "quantize", lambda *_: Quantized(ours, ["a", "b"], 100, 0.5))
+
+    @contextmanager
+    def working(library: rivals.Library, weights: dict, workdir: Path, threads: int) -> Iterator[FakeWorker]:
+        assert sorted(weights) == ["a", "b"], "only what the product quantized"
+        if library.package == "torchao":
+            raise PeerError("cannot be installed: no network")
+        yield FakeWorker(weights)
+
+    monkeypatch.setattr(quality_rivals, "working", working)
+    monkeypatch.setitem(rivals.LIBRARIES["bitsandbytes"].formats, "odd", "")
+    cells = quality.Settings(["flux"], [], [], "final", tmp_path, against=["bitsandbytes", "torchao"])
+    console = Console(file=io.StringIO(), width=300)
+    recorded: list[Result] = []
+    quality.run(cells, console, recorded.extend)
+    found = {(score.contender, score.case, score.metric, score.detail): score for score in recorded}
+    nf4 = found["bitsandbytes 0.50.2", "nf4", "velocity error", ""]
+    assert nf4.p50 == pytest.approx(0.02 + 0.04 + 0.01) and nf4.ratio == pytest.approx(0.07 / 0.11)
+    assert (nf4.ratio_to, nf4.output_bytes) == ("streamquant no-data, nf4", 50)
+    assert found["bitsandbytes 0.50.2", "fp4", "layer output error", ""].note == "KeyError: 'fp4'"
+    assert found["torchao 0.18.0", "all", "layer output error", ""].p50 is None
+    unlike = found["bitsandbytes 0.50.2", "odd", "velocity error", ""]
+    assert unlike.p50 == pytest.approx(0.07) and unlike.ratio is None, "we have nothing like it"
+    assert "torchao 0.18.0 DOES NOT TAKE PART in all on known" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("wrong", [dict(models=["bert"]), dict(formats=["fp9"]), dict(methods=["luck"]), dict(against=["magic"])])
 def test_unknown_names_are_refused(wrong: dict, tmp_path: Path) -> None:
     right = dict(models=["flux"], formats=["nf4"], methods=["rtn"])
     with pytest.raises(ValueError, match="no such"):
@@ -188,7 +243,7 @@ def test_the_peer_s_files_are_decoded_by_their_scales() -> None:
 
     def decode(scale: torch.Tensor, marker: bytes = b'{"format": "x"}', codes: torch.Tensor = codes) -> torch.Tensor:
         tensors = {"weight": codes, "weight_scale": scale, "comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)}
-        return quality_peer.decode(tensors)
+        return quality_converter.decode(tensors)
 
     assert torch.equal(decode(torch.tensor(2.0)), codes * 2.0)
     rows = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -94,8 +94,29 @@ def test_memory_runs_every_budget(tmp_path: Path, console: Console, rows: list[R
     stand_in = copier("streamquant", [])
     files, budgets = ("10MB", "one-tensor-10MB"), ("256MiB", "1GiB")
     memory.run(choose("nf4"), files, budgets, tmp_path, console, lambda *_: stand_in, rows.extend)
-    assert [row.case for row in rows] == ["nf4 10MB"] * 2 + ["nf4 one-tensor-10MB"] * 2
+    assert [(row.case, row.source) for row in rows] == [("nf4", "10MB")] * 2 + [("nf4", "one-tensor-10MB")] * 2
     assert [row.budget_bytes for row in rows] == [2**28, 2**30] * 2
+
+
+def test_the_peer_s_memory_is_measured_where_it_fits(tmp_path: Path, console: Console, rows: list[Result]) -> None:
+    ours_log, peer_log = [], []
+    memory.run(
+        choose("nf4,fp8-row,int8-row"), ("10MB", "11MB-sparse"), ("1GiB",), tmp_path, console,
+        lambda *_: copier("streamquant", ours_log), rows.extend, ["10MB"], lambda *_: copier("the peer", peer_log),
+    )  # fmt: skip
+    assert len(ours_log) == 6 and peer_log == ["the peer"]
+    (peer,) = [row for row in rows if row.contender == "the peer"]
+    assert (peer.case, peer.source, peer.budget_bytes) == ("fp8-row", "10MB", None), "its first format, once"
+
+
+def test_a_sparse_source_is_not_copied_and_the_peer_gets_none_too_large(
+    tmp_path: Path, console: Console, rows: list[Result]
+) -> None:
+    settings = convert.Settings(tmp_path, ("20MB-sparse",), runs=1, peer_largest="10MB")
+    convert.run(choose("fp8-row"), settings, cache.keep, console, lambda *_: copier("streamquant", []), rows.extend)
+    copied, converted = rows
+    assert (copied.contender, copied.p50, copied.note) == ("cp", None, "not run: the source is sparse")
+    assert converted.p50 > 0 and converted.ratio is None and converted.source == "20MB-sparse"
 
 
 def test_our_command_line() -> None:

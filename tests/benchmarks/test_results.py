@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,52 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(results.SchemaError):
         results.read("convert", tmp_path)
     assert path.read_text() == "time,benchmark\n2020,convert\n"
+
+
+def test_a_file_of_an_older_version_is_read_and_widened(tmp_path: Path) -> None:
+    """Columns that came later are empty in it, and written when a row is added; its cells stay as they were."""
+    row = results.result("convert", "nf4", "cp", [1.0], size_bytes=100)
+    results.append([row], tmp_path)
+    path = tmp_path / "convert.csv"
+    later = {"source", "metric", "detail"}
+    with path.open(newline="") as file:
+        old = [{name: cell for name, cell in one.items() if name not in later} for one in csv.DictReader(file)]
+    old[0]["p50"] = "1.00000"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, old[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old)
+    assert results.read("convert", tmp_path) == [row]
+    newer = results.result("convert", "nf4", "cp", [2.0], source="4GB", metric="bytes written again", detail="killed at 50%")
+    results.append([newer], tmp_path)
+    assert results.read("convert", tmp_path) == [row, newer]
+    assert ",1.00000," in path.read_text()
+    assert newer.bytes_per_second is None, "only seconds give a speed"
+
+
+def test_heats_are_what_ran_side_by_side() -> None:
+    def run(case: str, *contenders: str) -> list[results.Result]:
+        return [results.result("convert", case, name, [1.0], size_bytes=1) for name in contenders]
+
+    rows = [*run("a", "cp", "us", "peer"), *run("a", "cp", "us"), *run("b", "cp", "us"), *run("b", "us")]
+    assert [[row.contender for row in heat] for heat in results.heats(rows)] == [
+        ["cp", "us", "peer"], ["cp", "us"], ["cp", "us"], ["us"],
+    ]  # fmt: skip
+    newest = results.newest(rows, lambda heat: len(heat) > 2)
+    assert list(newest) == [("a", "")] and len(newest["a", ""]) == 3
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_results_are_read(path: Path) -> None:
+    if path.stem == "compiled":
+        pytest.importorskip("triton")
+        from benchmarks.compiled import read
+
+        assert all(row.spilled_bytes == 0 for row in read(path))
+        return
+    rows = results.read(path.stem)
+    assert rows and {row.benchmark for row in rows} == {path.stem}
+    assert all(row.p50 is not None or row.note for row in rows), "whoever has no number says why"
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
