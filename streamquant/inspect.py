@@ -130,7 +130,11 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
         {key: text for key, text in checkpoint.metadata.items() if key not in (PROVENANCE_KEY, QUANTIZATION_KEY)},
         tuple(entry.entry for entry in provenance),
         sum(len(entry.hashes) for entry in provenance),
-        (*((layer.name, fault) for layer in contents.layers.values() for fault in layer.faults), *bad_scales),
+        (
+            *(("", entry.fault) for entry in provenance if entry.fault),
+            *((layer.name, fault) for layer in contents.layers.values() for fault in layer.faults),
+            *bad_scales,
+        ),
         contents,
     )
 

@@ -35,7 +35,7 @@ def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
     if found.foreign:
         parts += sentences("In layouts of other tools", [f"{tool}: {count(n, 'tensor')}" for tool, n in found.foreign.items()])
     if found.faults:
-        faults = [f"{printable(name)}: {fault}" for name, fault in found.faults]
+        faults = [f"{printable(name)}: {fault}" if name else fault for name, fault in found.faults]
         parts += sentences(f"Wrong as it stands ({len(faults)})", faults)
     return parts
 
