@@ -13,7 +13,7 @@ import numpy as np
 from streamquant.checkpoint.reader import TileReader, open_checkpoint
 from streamquant.plan import PROVENANCE_KEY, QUANTIZATION_KEY
 from streamquant.stored import Contents, StoredLayer, read_contents
-from streamquant.stored.foreign import GgufSummary, read_gguf
+from streamquant.stored.gguf import GgufSummary, read_gguf
 from streamquant.verdict import finite
 
 SCALES_PER_LAYER = 4096  # looked at; a 4-bit layer has millions

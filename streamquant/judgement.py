@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from streamquant.pairing import Pair, Pairing
 from streamquant.stored import Contents, Layout, Plain, Read, tiles
-from streamquant.stored.diagnosis import Case, diagnose, diagnose_damage
+from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
 from streamquant.stored.difference import Difference, compare
 from streamquant.stored.expectation import nearest_error
 from streamquant.stored.four_bit import Blocks4bit
@@ -29,6 +30,8 @@ EXAMINED = 4  # tiles that are encoded afresh for comparison, beside the worst
 # Rounding to nearest puts no element far off its source, learned rounding puts some in nearly every span: few elements, or
 # elements in few spans, were changed afterwards.
 FEW_ELEMENTS, FEW_SPANS = 2000, 50  # one of so many
+LOOSE_SHARE = 4  # times the far elements are there to be just beyond a half step, from which rounding was learned
+LEARNED = 10.0  # times the error of nearest that a layer may have which is, to the bit, what learned rounding wrote
 
 
 @dataclass
@@ -47,26 +50,40 @@ class PairSum:
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges layers. complete: whether the sums are over whole layers."""
+    """Judges layers. complete: whether the sums are over whole layers. intact: tensors whose hash agrees with the manifest."""
 
     pairing: Pairing
     output: Contents
     read_source: Read
     read_output: Read
     complete: bool
+    intact: set[str]
+
+    @cached_property
+    def is_learned(self) -> bool:
+        """Whether the recipe on record rounds with knowledge of inputs, or for the largest singular directions."""
+        said = [entry.recipe.get("learned") for entry in self.output.provenance if entry]
+        return any(
+            learned.get("calibration_xxh3_64") or learned.get("structure") or learned.get("objective") == "svd"
+            for learned in said
+            if isinstance(learned, dict)
+        )
 
     def layer(self, pair: Pair, found: PairSum) -> LayerCheck:
         """The check of one pair of weights, with the cause of what is wrong."""
         difference, layer = found.difference, pair.layer
         faults = list(layer.faults) if layer else []
         expected, measured = self._examine(pair, found)
-        if not faults and difference.elements:
+        if not faults and difference.elements and not self._is_as_written(pair, expected, measured, difference):
             if is_suspect(difference, expected, measured):
                 faults = [diagnose(self._case(pair, found, _examined(pair.layout, found)))]
             elif is_damaged(pair.layout, difference):
                 steps = difference.steps
                 first = steps.wild_at if steps.wild_spans else steps.far_at
-                faults = [diagnose_damage(self._case(pair, found, [_rows_around(pair.layout, first)]), steps)]
+                case = self._case(pair, found, [_rows_around(pair.layout, first)])
+                # A small absmax among large ones is itself rounded, by more than its codes' steps: only codes count then.
+                if not (_is_nested(pair.layout) and codes_are_right(case)):
+                    faults = [diagnose_damage(case, steps)]
         return LayerCheck(
             pair.key,
             layer.format if layer else pair.output[0].info.dtype,
@@ -83,6 +100,13 @@ class Judge:
             expected,
             "; ".join(faults) or None,
         )
+
+    def _is_as_written(self, pair: Pair, expected: float | None, measured: float, difference: Difference) -> bool:
+        """Whether learned rounding made this layer and it has kept every bit: then its weights may be far from nearest."""
+        if difference.nonfinite or pair.layer is None or expected is None or measured > LEARNED * max(expected, 1e-3):
+            return False
+        names = [tensor.name for tensor in pair.layer.tensors.values()]
+        return self.is_learned and all(name in self.intact for name in names)
 
     def _examine(self, pair: Pair, found: PairSum) -> tuple[float | None, float]:
         """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
@@ -134,12 +158,18 @@ def is_damaged(layout: Layout, difference: Difference) -> bool:
         return False
     if steps.wild_spans and 2 * steps.wild_spans <= steps.spans:
         return True
-    if isinstance(layout, Blocks4bit) and layout.nested is not None:
-        return False  # a small absmax among large ones is itself rounded, by more than a step of its codes
+    if _is_nested(layout):
+        return False
     few = difference.elements // FEW_ELEMENTS
+    if LOOSE_SHARE * steps.far < steps.loose:
+        return False  # many lie just beyond a half step: they were rounded with others in mind
     if steps.far <= max(2, few) or FEW_SPANS * steps.far_spans <= steps.spans:
         return True
     return 0 < steps.farthest <= few and steps.farther == steps.farthest
+
+
+def _is_nested(layout: Layout) -> bool:
+    return isinstance(layout, Blocks4bit) and layout.nested is not None
 
 
 def _rows_around(layout: Layout, index: int) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class _Check:
         self.before, self.after, self.pairing, self.sample = before, after, pairing, sample
         self.reader, self.output_reader = reader, output_reader
         self.sums: dict[str, PairSum] = {}
-        self.judge = Judge(pairing, after, reader.tile, output_reader.tile, sample >= 1)
+        self.judge = Judge(pairing, after, reader.tile, output_reader.tile, sample >= 1, set())
         self.findings = [
             Finding("missing" if "missing" in text else "tensor", key, text) for key, text in pairing.faults.items()
         ]
@@ -150,6 +150,7 @@ class _Check:
 
     def _take_hash(self, tensor: SourceTensor, found: str) -> None:
         if found == self.hashes[tensor.name]:
+            self.judge.intact.add(tensor.name)
             self.hashed[0] += 1
             self.hashed[1] += tensor.info.nbytes
         else:

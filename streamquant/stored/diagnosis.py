@@ -107,6 +107,13 @@ def diagnose_damage(case: Case, steps: Steps) -> str:
     )
 
 
+def codes_are_right(case: Case) -> bool:
+    """Whether the codes are those of the source, whatever their scales."""
+    every, error, weight = _factors(case, case.decoded(), case.references())
+    there = every != 0
+    return not there.any() or float(1 - error[there].sum() / weight[there].sum()) ** 0.5 > SAME
+
+
 def _fits(total: Difference, layout: Layout, references: list[np.ndarray], absmax: float | None) -> bool:
     """Whether a reading's error is what its format makes."""
     if total.nonfinite or not total.weight or total.relative_error >= 0.7:
@@ -203,8 +210,9 @@ def _wrong_scale(case: Case, decoded: list[np.ndarray], references: list[np.ndar
     if np.all(np.abs(every - middle) <= 0.2 * abs(middle)):
         words = "too small" if middle > 1 else "too large"
         size = middle if middle > 1 else 1 / middle if middle else np.inf
-        digits = 3 if size > 1.1 else 5
-        return f"its scale is wrong: all of it decodes {size:.{digits}g} times {words}" if middle > 0 else "its signs are inverted"
+        if middle <= 0:
+            return "its signs are inverted"
+        return f"its scale is wrong: all of it decodes {size:.{3 if size > 1.1 else 5}g} times {words}"
     if text := _wrong_offset(case, every):
         return text
     worst = every[wrong][np.abs(np.log(np.maximum(np.abs(every[wrong]), 1e-30))).argmax()]

@@ -12,7 +12,7 @@ from small_checkpoints import Tensor, floats, noise, save
 
 from streamquant import errors, open_checkpoint
 from streamquant.stored import Contents, StoredLayer, read_contents
-from streamquant.stored.foreign import read_gguf
+from streamquant.stored.gguf import read_gguf
 from streamquant.stored.layouts import geometry
 from streamquant.stored.markers import provenance
 
