@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.cases import Case
 
 DIFFUSERS_PREFIX = "model.diffusion_model."
+VERIFY_CASES = "fp8-tensor,fp8-row,fp8-block,int8-row,int8-default,nf4,nf4-double,headline"
 CONVERT_CASES = "fp8-tensor,fp8-row,fp8-block,int8-tensor,int8-row,int8-block,nf4,headline,int8-fp8"
 
 
@@ -143,6 +144,19 @@ def memory(files: str, cases: str, budgets: str, workdir: Path) -> None:
 
 
 @main.command()
+@click.option("--size", default="4GB", show_default=True, callback=_check_sizes, help="Of the source.")
+@click.option("--cases", default=VERIFY_CASES, show_default=True)
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--sample", help="Also time a quick look at this share, such as 5%.")
+@_workdir
+def verify(size: str, cases: str, runs: int, sample: str | None, workdir: Path) -> None:
+    """Time `streamquant verify` against reading and hashing the same bytes."""
+    from benchmarks.verify import run
+
+    run(_cases(cases), size, runs, sample, workdir, Console())
+
+
+@main.command()
 @click.option("--rows", type=int, default=6144, show_default=True)
 @click.option("--columns", type=int, default=6144, show_default=True)
 @click.option("--runs", type=int, default=5, show_default=True)
@@ -252,7 +266,7 @@ def quality(
 
 
 @main.command()
-@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels", "learned", "decode"]))
+@click.argument("benchmark", type=click.Choice(["convert", "memory", "kernels", "learned", "decode", "verify"]))
 @click.option("--last", type=int, default=40, show_default=True, help="Show only this many rows.")
 def show(benchmark: str, last: int) -> None:
     """Print recorded results."""
