@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.cases import Case
 
 DIFFUSERS_PREFIX = "model.diffusion_model."
+VERIFY_CASES = "fp8-tensor,fp8-row,fp8-block,int8-row,int8-default,nf4,nf4-double,headline"
 CONVERT_CASES = "fp8-tensor,fp8-row,fp8-block,int8-tensor,int8-row,int8-block,nf4,headline,int8-fp8"
 
 
@@ -173,6 +174,19 @@ def memory(files: str, cases: str, budgets: str, peer_files: str, workdir: Path)
     from benchmarks.memory import run
 
     run(_cases(cases), files.split(","), budgets.split(","), workdir, Console(), peer_files=_listed(peer_files))
+
+
+@main.command()
+@click.option("--size", default="4GB", show_default=True, callback=_check_sizes, help="Of the source.")
+@click.option("--cases", default=VERIFY_CASES, show_default=True)
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--sample", help="Also time a quick look at this share, such as 5%.")
+@_workdir
+def verify(size: str, cases: str, runs: int, sample: str | None, workdir: Path) -> None:
+    """Time `streamquant verify` against reading and hashing the same bytes."""
+    from benchmarks.verify import run
+
+    run(_cases(cases), size, runs, sample, workdir, Console())
 
 
 @main.command()

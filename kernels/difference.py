@@ -11,7 +11,7 @@ import torch
 
 from . import bnb4, fp8, hadamard, int8
 from .codebooks import book_steps
-from .sums import FAR, FARTHER, FARTHEST, SPAN, WILD, DifferenceSums, Steps
+from .sums import FAR, FARTHER, FARTHEST, LOOSE, SPAN, WILD, DifferenceSums, Steps
 
 CODE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 
@@ -79,6 +79,7 @@ def in_steps(values: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, at_
     error = torch.where(at_end & (error * values < 0), torch.zeros_like(error), error.abs())
     found = Steps()
     found.far, found.farther, found.farthest = (int((error > factor * step).sum()) for factor in (FAR, FARTHER, FARTHEST))
+    found.loose = int((error > LOOSE * step).sum())
     far = error > FAR * step
     found.far_at = int(far.int().argmax()) if found.far else -1
     for begin in range(0, error.numel(), SPAN):

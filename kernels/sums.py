@@ -19,7 +19,8 @@ class ErrorSums:
 
 # How an element's error is told from rounding, in steps: a step is the distance between the neighbours of its code, half of
 # which is the most that rounding to nearest makes. FAR leaves room for weights that were cast before they were rounded.
-FAR, FARTHER, FARTHEST = 0.8, 4.0, 16.0
+# LOOSE is just beyond it: nearest has none, learned rounding many.
+FAR, FARTHER, FARTHEST, LOOSE = 0.8, 4.0, 16.0, 0.55
 SPAN = 1024  # elements that are judged together
 WILD = 25.0 / 12.0  # mean squared error of a span, in squared steps, that no rounding makes: 25 times that of nearest
 
@@ -28,7 +29,7 @@ WILD = 25.0 / 12.0  # mean squared error of a span, in squared steps, that no ro
 class Steps:
     """Errors in steps of their codes' grid. A weight beyond the last code, which is clipped, has none.
 
-    far, farther, farthest: elements off by more than FAR, FARTHER, FARTHEST steps, the first of the far ones at far_at.
+    far, farther, farthest, loose: elements off by more than FAR, FARTHER, FARTHEST, LOOSE steps, the first far one at far_at.
     spans: of SPAN elements; far_spans: with a far element; wild_spans: whose mean squared error is more than WILD squared
     steps, the first from wild_at on. -1 stands for none.
     """
@@ -41,10 +42,11 @@ class Steps:
     wild_spans: int = 0
     far_at: int = -1
     wild_at: int = -1
+    loose: int = 0
 
     def add(self, other: Steps, begin: int = 0) -> None:
         """Take in another range, which starts at element `begin`."""
-        for name in ("far", "farther", "farthest", "spans", "far_spans", "wild_spans"):
+        for name in ("far", "farther", "farthest", "spans", "far_spans", "wild_spans", "loose"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("far_at", "wild_at"):
             found, mine = getattr(other, name), getattr(self, name)

@@ -18,7 +18,8 @@ from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
 from streamquant.options import Options
 from streamquant.stored import Contents, Layout, read_contents, tiles
-from streamquant.stored.difference import Difference, measure
+from streamquant.stored.difference import Difference
+from streamquant.stored.difference import compare as difference
 from streamquant.stored.parallel import in_order
 from streamquant.verdict import Unwatched, Watcher, finite
 
@@ -168,12 +169,13 @@ def _measure(
 ) -> tuple[str, list[Difference], float]:
     """(a against b, source against a, source against b) over some ranges, and their share of the weight."""
     totals = [Difference(), Difference(), Difference()]
+    (a, b), (read_a, read_b) = layouts[:2], (reader.tile for reader in readers[:2])
     for begin, end in ranges:
-        parts = [layout.decode(reader.tile, begin, end).values for layout, reader in zip(layouts, readers, strict=True)]
-        totals[0].add(measure(parts[1], parts[0], begin))
-        if len(parts) == 3:
-            totals[1].add(measure(parts[0], parts[2], begin))
-            totals[2].add(measure(parts[1], parts[2], begin))
+        totals[0].add(difference(b, read_b, a, read_a, begin, end))
+        if len(layouts) == 3:
+            source, read_source = layouts[2], readers[2].tile
+            totals[1].add(difference(a, read_a, source, read_source, begin, end))
+            totals[2].add(difference(b, read_b, source, read_source, begin, end))
     share = sum(end - begin for begin, end in ranges) / math.prod(layouts[0].shape)
     return key, totals, share
 

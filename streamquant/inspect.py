@@ -14,7 +14,7 @@ import numpy as np
 from streamquant.checkpoint.reader import TileReader, open_checkpoint
 from streamquant.output_file import PROVENANCE_KEY, QUANTIZATION_KEY
 from streamquant.stored import Contents, StoredLayer, read_contents
-from streamquant.stored.foreign import GgufSummary, read_gguf
+from streamquant.stored.gguf import GgufSummary, read_gguf
 from streamquant.verdict import finite
 
 SCALES_PER_LAYER = 4096  # looked at; a 4-bit layer has millions
@@ -131,7 +131,11 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
         {key: text for key, text in checkpoint.metadata.items() if key not in (PROVENANCE_KEY, QUANTIZATION_KEY)},
         tuple(entry.entry for entry in provenance),
         sum(len(entry.hashes) for entry in provenance),
-        (*((layer.name, fault) for layer in contents.layers.values() for fault in layer.faults), *bad_scales),
+        (
+            *(("", entry.fault) for entry in provenance if entry.fault),
+            *((layer.name, fault) for layer in contents.layers.values() for fault in layer.faults),
+            *bad_scales,
+        ),
         contents,
     )
 

@@ -19,9 +19,8 @@ from streamquant.formats.bnb4 import BitsAndBytes4bit
 from streamquant.formats.plain import Cast, Copy
 from streamquant.recipe import CONVROT_GROUP_SIZES, Decision, FormatChoice, Rules
 from streamquant.stored import Read, ScaledCodes, StoredLayer, elements
-from streamquant.stored.recognise import undecodable_sentence
+from streamquant.stored.recognise import FLOATS, undecodable_sentence
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 NESTED_ABSMAX = {"weight.nested_absmax"}
 LEGACY_SCALE = "scale_weight"
 QUANTIZED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4", "F6_E2M3", "F6_E3M2")

@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -18,27 +17,22 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
 from streamquant.formats.plain import round_to_bf16
+from streamquant.judgement import Judge, PairSum, spread
 from streamquant.options import Options
 from streamquant.pairing import Pair, Pairing, pair_up
 from streamquant.prefetch import Prefetcher
-from streamquant.stored import Contents, Layout, Plain, read_contents, tiles
-from streamquant.stored.diagnosis import Case, diagnose
-from streamquant.stored.difference import Difference, compare
-from streamquant.stored.expectation import nearest_error
+from streamquant.stored import Contents, read_contents, tiles
+from streamquant.stored.diagnosis import LOOSE
+from streamquant.stored.difference import compare
 from streamquant.stored.parallel import in_order, together
 from streamquant.verdict import Finding, LayerCheck, Unwatched, Verdict, Watcher
 
-# Times the error of rounding to nearest, from which a layer is a suspect. Learned rounding raises the error of the weights
-# (it lowers that of the layer's outputs): by a third where it knows the inputs, by three quarters with --objective svd.
-OUT_OF_LINE = 2.5
-# A sound layer times this comes no nearer to its source: 1, but for a share of the squared error.
-FACTOR_TOLERANCE, FACTOR_SHARE = 0.02, 3.0
-ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
 CHUNK = 8 << 20  # bytes hashed or compared at a time
 TILES_TOGETHER = 16  # tiles of one piece of work
-EXAMINED = 4  # tiles that are encoded afresh for comparison, beside the worst
+RELATIVES = 3  # layers that are near and yet wrong, from which it is said of the file
 SMALL = 1 << 20  # bytes up to which a tensor is hashed even in a quick look
 
 # How many bytes it goes through, and what does so: (kind of comparison, whom it is about, what it found, bytes done).
@@ -97,20 +91,6 @@ def _ranges(
     return ranges
 
 
-@dataclass
-class _Sum:
-    """What one pair has come to. worst: the range of the largest relative error."""
-
-    difference: Difference = field(default_factory=Difference)
-    worst: tuple[float, int, int] = (-1.0, 0, 0)
-    unequal: int = 0
-
-    def add(self, other: _Sum) -> None:
-        self.difference.add(other.difference)
-        self.worst = max(self.worst, other.worst)
-        self.unequal += other.unequal
-
-
 class _Check:
     """One verification under way."""
 
@@ -119,13 +99,16 @@ class _Check:
     ):
         self.before, self.after, self.pairing, self.sample = before, after, pairing, sample
         self.reader, self.output_reader = reader, output_reader
-        self.sums: dict[str, _Sum] = {}
+        self.sums: dict[str, PairSum] = {}
+        self.judge = Judge(pairing, after, reader.tile, output_reader.tile, sample >= 1, set())
         self.findings = [
             Finding("missing" if "missing" in text else "tensor", key, text) for key, text in pairing.faults.items()
         ]
         self.hashes: dict[str, str] = {}
-        for entry in after.provenance:
-            self.hashes |= entry.hashes if entry else {}
+        for entry in filter(None, after.provenance):
+            self.hashes |= entry.hashes
+            if entry.fault:
+                self.findings.append(Finding("manifest", "", entry.fault))
         self.hashed = [0, 0]
 
     def run(self, threads: int, stop: threading.Event | None) -> Iterator[tuple[Pair, int]]:
@@ -136,7 +119,7 @@ class _Check:
             if kind == "hash":
                 self._take_hash(owner, result)
                 continue
-            self.sums.setdefault(owner.key, _Sum()).add(result)
+            self.sums.setdefault(owner.key, PairSum()).add(result)
             if current is not None and current is not owner:
                 self._release(current)
             current = owner
@@ -173,6 +156,7 @@ class _Check:
 
     def _take_hash(self, tensor: SourceTensor, found: str) -> None:
         if found == self.hashes[tensor.name]:
+            self.judge.intact.add(tensor.name)
             self.hashed[0] += 1
             self.hashed[1] += tensor.info.nbytes
         else:
@@ -186,11 +170,11 @@ class _Check:
                 for number, tensor in enumerate(pair.source)
                 for begin in range(0, tensor.info.nbytes, CHUNK)
             ]
-            for number, begin, end in _spread(ranges, self.sample):
+            for number, begin, end in spread(ranges, self.sample):
                 yield end - begin, partial(self._compare_bytes, pair, number, begin, end)
             return
         if self.sample < 1:
-            chosen = _spread(list(tiles(pair.layout.shape)), self.sample)
+            chosen = spread(list(tiles(pair.layout.shape)), self.sample)
         else:
             chosen = tiles(pair.layout.shape)
         chosen = iter(chosen)
@@ -202,11 +186,11 @@ class _Check:
         left = np.frombuffer(self.reader.tile(pair.source[number], begin, end), dtype=np.uint8)
         right = np.frombuffer(self.output_reader.tile(pair.output[number], begin, end), dtype=np.uint8)
         unequal = 0 if np.array_equal(left, right) else int(np.count_nonzero(left != right))
-        return "copy", pair, _Sum(unequal=unequal), end - begin
+        return "copy", pair, PairSum(unequal=unequal), end - begin
 
     def _compare_cast(self, pair: Pair, ranges: list[tuple[int, int]]) -> tuple[str, Any, Any, int]:
         """A cast is right when every value is the source's, rounded to nearest."""
-        total = _Sum()
+        total = PairSum()
         for begin, end in ranges:
             reference = pair.reference.decode(self.reader.tile, begin, end).values
             values = pair.layout.decode(self.output_reader.tile, begin, end).values
@@ -214,11 +198,11 @@ class _Check:
         return "cast", pair, total, _bytes_of(pair, ranges)
 
     def _compare_weight(self, pair: Pair, ranges: list[tuple[int, int]]) -> tuple[str, Any, Any, int]:
-        total = _Sum()
+        total = PairSum()
         for begin, end in ranges:
             found = compare(pair.layout, self.output_reader.tile, pair.reference, self.reader.tile, begin, end)
             share = math.inf if found.nonfinite else found.relative_error
-            total.add(_Sum(found, (share, begin, end)))
+            total.add(PairSum(found, (share, begin, end)))
         return "weight", pair, total, _bytes_of(pair, ranges)
 
     def layers(self, threads: int, stop: threading.Event | None) -> list[LayerCheck]:
@@ -226,84 +210,42 @@ class _Check:
         checks = []
         weights = [pair for pair in self.pairing.pairs if pair.kind == "weight"]
         for pair in self.pairing.pairs:
-            unequal = self.sums.get(pair.key, _Sum()).unequal
+            unequal = self.sums.get(pair.key, PairSum()).unequal
             if unequal and pair.kind == "copy":
-                text = f"it is not quantized and should be a copy, but {unequal:,} bytes differ"
-                self.findings.append(Finding("bytes", pair.key, text))
+                self.findings.append(Finding("bytes", pair.key, self._copy_fault(pair, unequal)))
             elif unequal:
                 what = f"{pair.source[0].info.dtype} to {pair.output[0].info.dtype}"
                 text = f"{unequal:,} of its values are not those of a cast from {what}"
                 self.findings.append(Finding("cast", pair.key, text))
-        judgements = ((pair.source_bytes, partial(self._judge, pair)) for pair in weights)
-        for check in chain.from_iterable(in_order(together(judgements), threads, stop)):
+        judging = ((pair.source_bytes, partial(self.judge.layer, pair, self.sums.get(pair.key, PairSum()))) for pair in weights)
+        for check in chain.from_iterable(in_order(together(judging), threads, stop)):
             checks.append(check)
             if check.cause:
                 self.findings.append(Finding("layer", check.key, check.cause))
+        self.findings[:0] = self._of_another_model(checks)
         return checks
 
-    def _judge(self, pair: Pair) -> LayerCheck:
-        found = self.sums.get(pair.key, _Sum())
-        difference, layer = found.difference, pair.layer
-        faults = list(layer.faults) if layer else []
-        expected, measured = self._examine(pair, found)
-        if not faults and difference.elements and self._is_suspect(difference, expected, measured):
-            faults = [diagnose(self._case(pair, found))]
-        return LayerCheck(
-            pair.key,
-            layer.format if layer else pair.output[0].info.dtype,
-            layer.detail if layer else "decoded",
-            pair.reference.shape,
-            pair.source_bytes,
-            pair.output_bytes,
-            difference.relative_error,
-            difference.signal_to_noise,
-            difference.cosine,
-            difference.largest,
-            difference.largest_at,
-            difference.saturated_share,
-            expected,
-            "; ".join(faults) or None,
-        )
-
-    def _examine(self, pair: Pair, found: _Sum) -> tuple[float | None, float]:
-        """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
-        if isinstance(pair.layout, Plain):
-            return 0.01, found.difference.relative_error  # decoded back: exact but for one more rounding
-        absmax = found.difference.absmax if self.sample >= 1 else None
-        worst: tuple[float | None, float] = (None, found.difference.relative_error)
-        ratio = -1.0
-        for begin, end in _examined(pair.layout, found):
-            reference = pair.reference.decode(self.reader.tile, begin, end).values
-            expected = nearest_error(pair.layout, reference, absmax)
-            if expected is None:
-                continue
-            there = compare(pair.layout, self.output_reader.tile, pair.reference, self.reader.tile, begin, end)
-            actual = math.inf if there.nonfinite else there.relative_error
-            now = actual / expected if expected else (math.inf if actual else 0.0)
-            if now > ratio:
-                ratio, worst = now, (expected, actual)
-        return worst
-
-    @staticmethod
-    def _is_suspect(difference: Difference, expected: float | None, measured: float) -> bool:
-        if difference.nonfinite:
-            return True
-        if expected is None:
-            return measured > ALWAYS_SUSPECT
-        off = 0.0
-        if difference.factor is not None and difference.weight and expected < 1:  # else nothing need be left of the weights
-            off = abs(difference.factor - 1)
-        return measured > OUT_OF_LINE * expected or off > FACTOR_TOLERANCE + FACTOR_SHARE * expected**2
-
-    def _case(self, pair: Pair, found: _Sum) -> Case:
-        def others() -> Iterator[tuple[str, Layout]]:
+    def _copy_fault(self, pair: Pair, unequal: int) -> str:
+        """What is wrong with a tensor that should be a copy; a small one is looked for among the others."""
+        info = pair.output[0].info
+        if len(pair.source) == 1 and info.nbytes <= SMALL:
+            found = bytes(self.output_reader.tile(pair.output[0], 0, info.nbytes))
             for other in self.pairing.pairs:
-                if other.key != pair.key and other.reference is not None and other.reference.shape == pair.reference.shape:
-                    yield other.key, other.reference
+                theirs = other.source[0].info
+                is_like = other.kind == "copy" and (theirs.dtype, theirs.shape) == (info.dtype, info.shape)
+                if is_like and other is not pair and bytes(self.reader.tile(other.source[0], 0, theirs.nbytes)) == found:
+                    return f"it should be a copy, and holds the bytes of {printable(other.key)}"
+        differ = "1 byte differs" if unequal == 1 else f"{unequal:,} bytes differ"
+        return f"it is not quantized and should be a copy, but {differ}"
 
-        absmax = found.difference.absmax if self.sample >= 1 else None
-        ranges = tuple(_examined(pair.layout, found))
-        return Case(pair.layout, pair.reference, self.output_reader.tile, self.reader.tile, ranges, absmax, others)
+    def _of_another_model(self, layers: list[LayerCheck]) -> Iterator[Finding]:
+        """Most layers are near their source and yet not made of it: they were made of a relative."""
+        near = [layer for layer in layers if layer.cause == LOOSE]
+        if len(near) >= RELATIVES and 2 * len(near) > len(layers):
+            yield Finding("source", "", (
+                f"{len(near):,} of {len(layers):,} layers resemble the source without being made of it: the output was made of "
+                f"another version of the model (a fine-tune, another training step)"
+            ))  # fmt: skip
 
     def verdict(self, layers: list[LayerCheck], seconds: float) -> Verdict:
         """Everything together."""
@@ -336,20 +278,6 @@ def _notes(before: Contents, after: Contents, hashes: dict[str, str]) -> Iterato
     recorded = {part.get("header_sha256") for entry in after.provenance if entry for part in entry.source}
     if recorded and not recorded & {file.header.sha256 for file in before.checkpoint.files}:
         yield "The output says that it was made from another file than this source (their headers differ)."
-
-
-def _examined(layout: Layout, found: _Sum) -> list[tuple[int, int]]:
-    """A few tiles from all over the layer, and the worst one, in order."""
-    ranges = set(_spread(list(tiles(layout.shape)), 0.0, EXAMINED))
-    if found.worst[2]:
-        ranges.add(found.worst[1:])
-    return sorted(ranges)
-
-
-def _spread(ranges: list, share: float, at_least: int = 1) -> list:
-    """About that share of the ranges, evenly spread."""
-    count = min(max(math.ceil(share * len(ranges)), at_least), len(ranges))
-    return [ranges[index] for index in np.linspace(0, len(ranges) - 1, count).round().astype(int)] if count else []
 
 
 def _bytes_of(pair: Pair, ranges: list[tuple[int, int]]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..sums import FAR, FARTHER, FARTHEST, SPAN, WILD
+from ..sums import FAR, FARTHER, FARTHEST, LOOSE, SPAN, WILD
 from .bits import OPTIONS, SIGNLESS, as_float32, bits_float, float_bits, int32, magnitude_bits
 from .hadamard import rotate_groups
 
@@ -16,9 +16,9 @@ INFINITE = np.int32(0x7F800000)
 EXACT = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 # Places in the array of sums: the fields of DifferenceSums, then those of Steps.
 WEIGHT, ERROR, PRODUCT, LARGEST, LARGEST_AT, ABSMAX, FINITE, SATURATED = range(8)
-FAR_COUNT, FARTHER_COUNT, FARTHEST_COUNT, SPANS, FAR_SPANS, WILD_SPANS, FAR_AT, WILD_AT = range(8, 16)
-SUMS = 16
-FAR, FARTHER, FARTHEST = np.float32(FAR), np.float32(FARTHER), np.float32(FARTHEST)
+FAR_COUNT, FARTHER_COUNT, FARTHEST_COUNT, SPANS, FAR_SPANS, WILD_SPANS, FAR_AT, WILD_AT, LOOSE_COUNT = range(8, 17)
+SUMS = 17
+FAR, FARTHER, FARTHEST, LOOSE = np.float32(FAR), np.float32(FARTHER), np.float32(FARTHEST), np.float32(LOOSE)
 
 
 @njit(**OPTIONS)
@@ -56,7 +56,7 @@ def _add_steps(values, steps, tile, begin, sums):
     """Judge one span: values [m] against tile [m], in steps [m] float32, negative where a weight beyond is clipped."""
     size = values.shape[0]
     error_sum, step_sum = np.float32(0), np.float32(0)
-    far, farther, farthest = int32(0), int32(0), int32(0)
+    far, farther, farthest, loose = int32(0), int32(0), int32(0), int32(0)
     for element in range(size):
         value, signed = values[element], steps[element]
         error = value - as_float32(tile[element])
@@ -65,10 +65,12 @@ def _add_steps(values, steps, tile, begin, sums):
         step = abs(signed)
         error_sum += magnitude * magnitude
         step_sum += step * step
+        loose += int32(magnitude > LOOSE * step)
         far += int32(magnitude > FAR * step)
         farther += int32(magnitude > FARTHER * step)
         farthest += int32(magnitude > FARTHEST * step)
     sums[SPANS] += 1
+    sums[LOOSE_COUNT] += loose
     if far > 0:
         sums[FAR_COUNT] += far
         sums[FARTHER_COUNT] += farther
@@ -89,7 +91,7 @@ def _add_steps(values, steps, tile, begin, sums):
 
 @njit(**OPTIONS)
 def difference_of_values(values, tile, sums):
-    """values [n] float32 against tile [n]: uint16 (BF16 bits) or float32. sums [16]: float64, added to."""
+    """values [n] float32 against tile [n]: uint16 (BF16 bits) or float32. sums [17]: float64, added to."""
     for begin in range(0, values.shape[0], SPAN):
         _add_span(values[begin : begin + SPAN], tile[begin : begin + SPAN], begin, sums)
 
@@ -150,7 +152,7 @@ def _make_comparison(decode):
     def compare(codes, scale, rotation, tile, sums):
         """codes [n] uint8, in runs that share one of scale [runs] float32, against tile [n].
 
-        rotation: the Hadamard group size, 0 for none; it divides n. sums [16]: float64, added to.
+        rotation: the Hadamard group size, 0 for none; it divides n. sums [17]: float64, added to.
         """
         elements, run = codes.shape[0], codes.shape[0] // scale.shape[0]
         span = max(SPAN, rotation)
@@ -210,7 +212,7 @@ def difference_of_book(packed, pairs, step_pairs, absmax, block_size, tile, sums
     """Packed 4-bit codes [ceil(n / 2)] uint8 in blocks of `block_size` (even), against tile [n].
 
     pairs, step_pairs [256] uint64: two float32, value or step of the two codes of a byte, the first element's first; steps
-    are negative at the ends of the book. absmax [blocks] float32. sums [16]: float64, added to.
+    are negative at the ends of the book. absmax [blocks] float32. sums [17]: float64, added to.
     """
     elements = tile.shape[0]
     values, steps = np.empty(SPAN, dtype=np.float32), np.empty(SPAN, dtype=np.float32)

@@ -22,7 +22,7 @@ def inspect(files: tuple[str, ...], layers: bool, tree: bool, as_json: bool) -> 
         from dataclasses import asdict
 
         from streamquant.inspect import inspect as look
-        from streamquant.stored.foreign import GgufSummary
+        from streamquant.stored.gguf import GgufSummary
         from streamquant.views import gguf_view, inspection_view, layers_view, show, tree_view
 
         for number, file in enumerate(files):

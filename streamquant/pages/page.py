@@ -59,12 +59,15 @@ def write_verdict_page(folder: str | Path, verdict: Verdict) -> Path:
     ]  # fmt: skip
     word = '<span class="good">sound</span>' if verdict.sound else '<span class="bad">unsound</span>'
     facts = [
-        f"{word}: {len(verdict.layers):,} layers decoded and compared, {verdict.copied[0]:,} tensors compared byte for byte, "
-        f"{verdict.hashed[0]:,} of {verdict.hashes_known:,} hashes agree.",
+        f"{word}: {len(verdict.layers):,} layers decoded and compared, {verdict.copied[0]:,} tensors compared byte for byte"
+        + (f", {verdict.hashed[0]:,} of {verdict.hashes_known:,} hashes agree." if verdict.hashes_known else "."),
         f"{_size(verdict.source_bytes)} became {_size(verdict.output_bytes)}. Looked at {verdict.sampled:.0%} of the weights.",
         *map(_text, verdict.notes),
     ]
-    findings = [f"<b>{_text(finding.tensor)}</b>: {_text(finding.text)}" for finding in verdict.findings]
+    findings = [
+        f"<b>{_text(finding.tensor)}</b>: {_text(finding.text)}" if finding.tensor else _text(finding.text)
+        for finding in verdict.findings
+    ]
     return _write(folder, verdict.source, verdict.output, layers, facts, findings)
 
 

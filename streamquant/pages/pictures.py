@@ -152,7 +152,7 @@ def error_against_size(points: Sequence[Point]) -> str | None:
         return None
     drawn = sorted(drawn, key=lambda point: -point.error)[:MAX_POINTS]
     _, Figure, settings = _matplotlib()
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     with settings:
         figure = Figure(figsize=(7.2, 3.6))
@@ -171,7 +171,10 @@ def error_against_size(points: Sequence[Point]) -> str | None:
         panel.set_yscale("log")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(FuncFormatter(_minor_label if _spans_little(axis) else lambda *_: ""))
+            axis.set_minor_formatter(NullFormatter())
+            if _spans_little(axis):
+                axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+                axis.set_minor_locator(NullLocator())
         panel.grid(True, which="major", color=INK, alpha=0.12, linewidth=0.6)
         panel.set_xlabel("size in the output, MB")
         panel.set_ylabel("relative error")
@@ -180,11 +183,6 @@ def error_against_size(points: Sequence[Point]) -> str | None:
 
 
 def _spans_little(axis: Any) -> bool:
-    """Whether an axis shows less than a decade, and would have hardly a label."""
+    """Whether an axis shows about a decade or less, in which powers of ten would give hardly a label."""
     low, high = axis.get_view_interval()
     return high / low < 15
-
-
-def _minor_label(value: float, _: int) -> str:
-    leading = round(value / 10 ** math.floor(math.log10(value)))
-    return f"{value:g}" if leading in (2, 3, 5) else ""

@@ -14,8 +14,8 @@ from . import recognise
 from .foreign import foreign_layers
 from .layouts import Layout, Plain, Read
 from .markers import Provenance, json_tensor, listed_layers, provenance
+from .recognise import FLOATS
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 LEGACY_MARKER = "scaled_fp8"
 # What lies beside a weight, after the layer's name: the suffixes of every layout that is known here.
 BESIDE = (
@@ -90,7 +90,7 @@ class Contents:
 
     @cached_property
     def provenance(self) -> tuple[Provenance | None, ...]:
-        """Of each file. Raises MetadataError when one is malformed."""
+        """Of each file, None where it has none."""
         return tuple(provenance(file.header, str(file.path)) for file in self.checkpoint.files)
 
     def weight(self, key: str) -> Layout | None:
@@ -125,7 +125,11 @@ def _contents(checkpoint: Checkpoint, read: Read) -> Contents:
         tensors = {"weight": checkpoint.tensors[f"{name}.weight"]} | beside
         marker, faults = _marker(tensors, listed.get(name), read)
         states = {suffix: json_tensor(read, beside[suffix]) for suffix in beside if QUANT_STATE in suffix}
-        found = recognise.recognise(tensors, marker, states, legacy)
+        broken = [suffix for suffix, state in (states | {"comfy_quant": marker}).items() if state is None and suffix in beside]
+        if broken:
+            found = recognise.undescribed(tensors, broken[0])
+        else:
+            found = recognise.recognise(tensors, marker, states, legacy)
         if found is None:
             continue
         permuted = _permuted(beside, read)
@@ -170,6 +174,8 @@ def _marker(
 ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """What ComfyUI takes the layer for: the header's entry, where there is one, goes before the tensor."""
     own = json_tensor(read, tensors["comfy_quant"]) if "comfy_quant" in tensors else None
+    if listed is not None and own is None and "comfy_quant" in tensors:
+        return listed, ("its comfy_quant is not the JSON object that it should be (the header's entry is taken)",)
     if listed is None or own is None or not _disagree(own, listed):
         return listed if listed is not None else own, ()
     return listed, ("its comfy_quant and the header's entry for it disagree, and ComfyUI believes the header",)

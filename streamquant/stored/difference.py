@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamquant.kernels import DifferenceSums, select
+from streamquant.kernels import DifferenceSums, Steps, select
 
 from .layouts import Layout, Read
 
@@ -20,7 +20,8 @@ class Difference:
 
     weight: sum of w². error: sum of e². product: sum of e·w. largest: max |e|, at element `largest_at`. saturated: codes
     at an end of their grid. nonfinite: elements that are NaN or infinite though the reference is finite there. skipped:
-    elements whose reference is not finite; no sum counts them, nor the `nonfinite` ones. absmax: max |w|.
+    elements whose reference is not finite; no sum counts them, nor the `nonfinite` ones. absmax: max |w|. steps:
+    errors in steps of the codes' grid, None where no code was looked at in this way.
     """
 
     elements: int = 0
@@ -33,12 +34,16 @@ class Difference:
     nonfinite: int = 0
     skipped: int = 0
     absmax: float = 0.0
+    steps: Steps | None = None
 
     def add(self, other: Difference) -> None:
         """Take another range in."""
         if other.largest > self.largest or (other.largest == self.largest and other.largest_at < self.largest_at):
             self.largest, self.largest_at = other.largest, other.largest_at
         self.absmax = max(self.absmax, other.absmax)
+        if other.steps is not None:
+            self.steps = self.steps or Steps()
+            self.steps.add(other.steps)
         for name in ("elements", "weight", "error", "product", "saturated", "nonfinite", "skipped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -85,12 +90,13 @@ def compare(layout: Layout, read: Read, reference: Layout, read_reference: Read,
     """The difference of elements [begin, end) of two layouts: whole rows, or a part of one row."""
     if begin == end:
         return Difference()
-    tile = reference.tile(read_reference, begin, end)
-    found = _taken(layout.difference(read, begin, end, tile), begin, end)
-    if found is None:
-        decoded = layout.decode(read, begin, end)
-        found = _measure_carefully(decoded.values, reference.decode(read_reference, begin, end).values, begin)
-        found.saturated = decoded.saturated
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged scales make such numbers; they are counted
+        tile = reference.tile(read_reference, begin, end)
+        found = _taken(layout.difference(read, begin, end, tile), begin, end)
+        if found is None:
+            decoded = layout.decode(read, begin, end)
+            found = _measure_carefully(decoded.values, reference.decode(read_reference, begin, end).values, begin)
+            found.saturated = decoded.saturated
     return found
 
 
@@ -108,9 +114,13 @@ def _taken(sums: DifferenceSums, begin: int, end: int) -> Difference | None:
     """What the kernels summed over a tile; None when float32 does not hold it."""
     if not sums.finite or sums.weight < TINY:
         return None
+    steps = None
+    if sums.steps is not None:
+        steps = Steps()
+        steps.add(sums.steps, begin)
     return Difference(
         end - begin, sums.weight, sums.error, sums.product, sums.largest, begin + sums.largest_at, sums.saturated,
-        absmax=sums.absmax,
+        absmax=sums.absmax, steps=steps,
     )  # fmt: skip
 
 

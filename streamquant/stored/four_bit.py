@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Blocks4bit(Layout):
         book = self._book(read)
         values = decode_nibbles(packed, book, self.high_first)[: stop - start]
         ends = np.array([book.min(), book.max()], dtype=np.float32)
-        absmax = self._absmax(read, first, last)
+        absmax = self.block_scales(read, first, last)
         inside = values[begin - start : end - start]
         saturated = int(np.count_nonzero(inside == ends[0]) + np.count_nonzero(inside == ends[1]))
         whole = values.size // self.block_size
@@ -63,7 +63,7 @@ class Blocks4bit(Layout):
         if begin % self.block_size:
             return super().difference(read, begin, end, tile)
         packed = np.frombuffer(read(self.packed, begin // 2, (end + 1) // 2), dtype=np.uint8)
-        absmax = self._absmax(read, begin // self.block_size, -(-end // self.block_size))
+        absmax = self.block_scales(read, begin // self.block_size, -(-end // self.block_size))
         return select("cpu").book_difference(packed, absmax, self.block_size, self._book(read), self.high_first, tile)
 
     def _book(self, read: Read) -> np.ndarray:
@@ -71,7 +71,7 @@ class Blocks4bit(Layout):
             return CODE_BOOKS[self.book_name]
         return floats(read(self.book, 0, self.book.info.nbytes), self.book.info.dtype)
 
-    def _absmax(self, read: Read, first: int, last: int) -> np.ndarray:
+    def block_scales(self, read: Read, first: int, last: int) -> np.ndarray:
         """float32 absmax of blocks [first, last)."""
         width = self.absmax.info.nbytes // self.absmax.info.elements
         raw = read(self.absmax, first * width, last * width)
@@ -86,16 +86,11 @@ class Blocks4bit(Layout):
 
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
         count = min(limit, self.absmax.info.elements)
-        return self._absmax(read, 0, count), count == self.absmax.info.elements
+        return self.block_scales(read, 0, count), count == self.absmax.info.elements
 
-    def misreadings(self) -> list[tuple[str, Layout]]:
-        other = "fp4" if self.book_name == "nf4" else "nf4"
-        return [
-            ("the two codes of every byte are swapped (the first belongs in the high nibble)",
-             replace(self, high_first=not self.high_first)),
-            (f"its codes are {other.upper()}, but it is marked {self.book_name.upper()}",
-             replace(self, book=None, book_name=other)),
-        ]  # fmt: skip
+    @property
+    def scale_tensor(self) -> SourceTensor | None:
+        return self.absmax
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,6 @@ class RotatedInt4(Layout):
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
         return first_scales(self.scale, read, limit)
 
-    def misreadings(self) -> list[tuple[str, Layout]]:
-        return [("the two codes of every byte are swapped (the first belongs in the low nibble)",
-                 replace(self, high_first=not self.high_first))]  # fmt: skip
+    @property
+    def scale_tensor(self) -> SourceTensor | None:
+        return self.scale

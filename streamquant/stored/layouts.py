@@ -71,9 +71,10 @@ class Layout(ABC):
         """Up to about `limit` of the weight's scales, float32, and whether these are all."""
         return np.empty(0, dtype=np.float32), True
 
-    def misreadings(self) -> list[tuple[str, Layout]]:
-        """(what would be wrong with the file, the layout that reads it all the same): how a bad layer is diagnosed."""
-        return []
+    @property
+    def scale_tensor(self) -> SourceTensor | None:
+        """The tensor of its scales, where there is one that can be exchanged for another."""
+        return None
 
 
 def tiles(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
@@ -134,7 +135,6 @@ class ScaledCodes(Layout):
     column_block: int = 0
     rotation: int = 0
     divisor: float = 1.0
-    reciprocal: bool = False
 
     @property
     def alignment(self) -> int:
@@ -201,9 +201,6 @@ class ScaledCodes(Layout):
         across = self.scales_in_row
         raw = read(self.scale, first * across * width, last * across * width)
         scales = floats(raw, self.scale.info.dtype).reshape(-1, across)
-        if self.reciprocal:
-            with np.errstate(divide="ignore"):
-                scales = np.float32(1) / scales
         return scales / np.float32(self.divisor) if self.divisor != 1.0 else scales
 
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
@@ -212,19 +209,9 @@ class ScaledCodes(Layout):
         found, complete = first_scales(self.scale, read, limit)
         return found / np.float32(self.divisor), complete
 
-    def misreadings(self) -> list[tuple[str, Layout]]:
-        readings: list[tuple[str, Layout]] = []
-        if self.scale is not None:
-            readings.append(("its scale is stored as the reciprocal", replace(self, reciprocal=True)))
-        if self.rotation:
-            readings.append(("it is marked as rotated, but its codes are not", replace(self, rotation=0)))
-        elif len(self.shape) == 2:
-            groups = [group for group in (256, 64, 16, 1024, 4096) if self.columns % group == 0]
-            readings += [
-                (f"its codes are rotated in groups of {group}, but it is not marked so", replace(self, rotation=group))
-                for group in groups
-            ]
-        return readings
+    @property
+    def scale_tensor(self) -> SourceTensor | None:
+        return self.scale
 
 
 def first_scales(tensor: SourceTensor, read: Read, limit: int) -> tuple[np.ndarray, bool]:

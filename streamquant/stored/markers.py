@@ -14,19 +14,15 @@ from streamquant.output_file import HASH_DIGITS, PROVENANCE_KEY, QUANTIZATION_KE
 from .layouts import Read
 
 
-def json_tensor(read: Read, tensor: SourceTensor) -> dict[str, Any]:
-    """The JSON object in a U8 tensor, perhaps padded with spaces. Raises MetadataError when there is none."""
-    if tensor.info.dtype == "U8" and tensor.info.nbytes <= MAX_MARKER_BYTES:
-        try:
-            document = load_json(bytes(read(tensor, 0, tensor.info.nbytes)))
-        except ValueError:
-            document = None
-        if isinstance(document, dict):
-            return document
-    raise errors.MetadataError(
-        f'The tensor "{printable(tensor.name)}" should hold a JSON object that describes a layer, and does not: the file is '
-        f"damaged or badly written."
-    )
+def json_tensor(read: Read, tensor: SourceTensor) -> dict[str, Any] | None:
+    """The JSON object in a U8 tensor, perhaps padded with spaces; None when there is none."""
+    if tensor.info.dtype != "U8" or tensor.info.nbytes > MAX_MARKER_BYTES:
+        return None
+    try:
+        document = load_json(bytes(read(tensor, 0, tensor.info.nbytes)))
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def listed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -48,17 +44,20 @@ def listed_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a conversion wrote about itself into one file. hashes: tensor name -> xxh3_64 in hex."""
+    """What a conversion wrote about itself into one file. hashes: tensor name -> xxh3_64 in hex. fault: what is wrong with
+    it, a sentence; what is then not known is empty.
+    """
 
     version: str
     recipe: dict[str, Any]
     source: list[dict[str, Any]]
     hashes: dict[str, str]
     entry: dict[str, Any]
+    fault: str | None = None
 
 
 def provenance(header: Header, where: str) -> Provenance | None:
-    """The `streamquant` entry of a header, or None when there is none. Raises MetadataError when it is malformed."""
+    """The `streamquant` entry of a header, or None when there is none."""
     text = header.metadata.get(PROVENANCE_KEY)
     if text is None:
         return None
@@ -67,24 +66,28 @@ def provenance(header: Header, where: str) -> Provenance | None:
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
-        raise errors.MetadataError(f"{printable(where, 300)}: its {PROVENANCE_KEY} entry is not a JSON object.")
+        fault = f"{printable(where, 300)}: its {PROVENANCE_KEY} entry is not a JSON object, so nothing tells how it was made."
+        return Provenance("?", {}, [], {}, {}, fault)
     digits = entry.pop("tensor_xxh3_64", None)
-    hashes = {}
+    hashes, fault = {}, None
     if digits is not None:
-        hexadecimal = isinstance(digits, str) and all(digit in "0123456789abcdef" for digit in digits)
-        if not hexadecimal or len(digits) != HASH_DIGITS * len(header.tensors):
-            raise errors.MetadataError(
-                f"{printable(where, 300)}: its manifest does not hold {HASH_DIGITS} hex digits for each of its "
-                f"{len(header.tensors):,} tensors."
+        if not isinstance(digits, str) or any(digit not in "0123456789abcdef" for digit in digits):
+            fault = f"{printable(where, 300)}: its manifest of hashes is damaged."
+        elif len(digits) != HASH_DIGITS * len(header.tensors):
+            fault = (
+                f"{printable(where, 300)}: its manifest lists the hashes of {len(digits) / HASH_DIGITS:g} tensors, and it has "
+                f"{len(header.tensors):,}: tensors were taken away or added after it was written, and no hash can be checked."
             )
-        cuts = range(0, len(digits), HASH_DIGITS)
-        hashes = dict(zip(header.tensors, (digits[cut : cut + HASH_DIGITS] for cut in cuts), strict=True))
+        else:
+            cuts = range(0, len(digits), HASH_DIGITS)
+            hashes = dict(zip(header.tensors, (digits[cut : cut + HASH_DIGITS] for cut in cuts), strict=True))
     source = entry.get("source")
     recipe = entry.get("recipe")
     return Provenance(
         str(entry.get("version", "?")),
         recipe if isinstance(recipe, dict) else {},
-        source if isinstance(source, list) else [],
+        [part for part in source if isinstance(part, dict)] if isinstance(source, list) else [],
         hashes,
         entry,
+        fault,
     )

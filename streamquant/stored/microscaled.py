@@ -6,7 +6,7 @@ rows and 4 columns, is stored tile by tile, and inside a tile element (r, c) lie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -69,9 +69,9 @@ class NvFp4(TiledScales):
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
         return first_scales(self.tensor_scale, read, limit)
 
-    def misreadings(self) -> list[tuple[str, Layout]]:
-        return [("the two codes of every byte are swapped (the first belongs in the high nibble)",
-                 replace(self, high_first=not self.high_first))]  # fmt: skip
+    @property
+    def scale_tensor(self) -> SourceTensor | None:
+        return self.tensor_scale
 
 
 @dataclass(frozen=True)

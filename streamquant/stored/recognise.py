@@ -22,6 +22,12 @@ COMFYUI, NODES = "stock ComfyUI", "ComfyUI with a node pack"
 BITSANDBYTES = "bitsandbytes, diffusers, Forge"
 TRANSFORMERS = "transformers with bitsandbytes"
 FINE_GRAINED = "transformers (fine-grained FP8)"
+# Format -> dtype of its codes.
+SCALED_FORMATS = {
+    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fn_rowwise": "F8_E4M3", "float8_e4m3fn_blockwise": "F8_E4M3",
+    "float8_e4m3fn_block3d": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e5m2_rowwise": "F8_E5M2",
+    "float8_e5m2_blockwise": "F8_E5M2", "int8_tensorwise": "I8", "int8_blockwise": "I8",
+}  # fmt: skip
 STOCK_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8", "convrot_w4a4")
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 CODE_DTYPES = ("F8_E4M3", "F8_E5M2", "I8")
@@ -30,6 +36,8 @@ ORIGINS = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F
 STATE_ORIGINS = {name: tag for tag, name in DTYPE_NAMES.items() if tag != "F64"}
 INT8_DIVISOR = 127.0
 MAX_BLOCK_SIZE = 1 << 16  # bitsandbytes' largest is 4096
+LARGEST_BLOCK = 512  # edge of a block that anybody writes
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ def recognise(
         return _marked(tensors, marker)
     if "SCB" in tensors and dtype == "I8":
         return _llm_int8(tensors)
+    if "weight.absmax" in tensors and dtype not in FLOATS:
+        return _unknown("bnb_4bit", tensors, "its quant_state is missing, which says what its codes mean and what shape it has")
     if dtype not in CODE_DTYPES:
         return None
     if "weight_scale_inv" in tensors:
@@ -96,7 +106,7 @@ def _marked(tensors: dict[str, SourceTensor], marker: dict[str, Any]) -> Found:
         return _rotated_int4(tensors, marker, loaders)
     if name == "nf4":
         return _core_nf4(tensors, marker)
-    if name not in ("int8_tensorwise", "int8_blockwise") and not name.startswith(("float8_e4m3fn", "float8_e5m2")):
+    if name not in SCALED_FORMATS:
         return _unknown(name, tensors, "its format is not known here", loaders=(NODES,))
     faults = []
     scale = "weight_scale" if "weight_scale" in tensors else None
@@ -104,7 +114,15 @@ def _marked(tensors: dict[str, SourceTensor], marker: dict[str, Any]) -> Found:
         faults.append("its scale is spelled scale_weight where loaders look for weight_scale, so they compute without it")
     elif scale is None:
         faults.append("its weight_scale is missing, so loaders compute without it")
-    rotation = _rotation(marker) if name == "int8_tensorwise" else 0
+    codes = tensors["weight"].info.dtype
+    if codes in CODE_DTYPES and codes != SCALED_FORMATS[name]:
+        faults.append(f"its codes are {codes}, where {name} has {SCALED_FORMATS[name]}")
+    if scale and (found := tensors[scale].info.dtype) != "F32":
+        faults.append(f"its scale is stored as {found}, where loaders want F32: it is rounded")
+    rotation = _rotation(marker)
+    if rotation and name != "int8_tensorwise":
+        faults.append("it is marked as rotated, which loaders undo for int8_tensorwise only")
+        rotation = 0
     size = marker.get("group_size")
     declared = size if isinstance(size, int) and size > 0 else 0
     return _scaled(tensors, scale, name, loaders, origin, rotation, tuple(faults), declared=declared)
@@ -151,7 +169,9 @@ def _scaled(
     if blocks is None or scale.info.dtype not in SCALE_DTYPES:
         what = f"its scale, {scale.info.dtype} {list(scale.info.shape)}, does not fit a weight of {list(shape)}"
         return _unknown(name, tensors, what, loaders)
-    if loaders in ((COMFYUI,), (NODES,)) and (fault := _extent_fault(name, math.prod(scale.info.shape), shape, *blocks)):
+    if declared and name.endswith(("_blockwise", "_block3d")) and 1 not in blocks and declared not in blocks:
+        faults = (*faults, f"its marker says blocks of {declared}, and its scales are of blocks of {blocks[0]} x {blocks[1]}")
+    elif loaders in ((COMFYUI,), (NODES,)) and (fault := _extent_fault(name, math.prod(scale.info.shape), shape, *blocks)):
         faults = (*faults, fault)
     layout = ScaledCodes(shape, codes, scale, *blocks, rotation=rotation, divisor=divisor)
     words = [scales_in_words(shape, *blocks)]
@@ -168,6 +188,8 @@ def _extent_fault(name: str, count: int, shape: tuple[int, ...], row_block: int,
     by_row = count == 1 or (row_block == 1 and column_block >= shape[-1])
     if name in ("int8_tensorwise", "float8_e4m3fn_rowwise"):
         return None if by_row else f"{name} has one scale per row, and it has {count:,}"
+    if count == 1 and max(shape) > LARGEST_BLOCK:
+        return f"{name} has scales of blocks, and it has one"
     is_blocks = count == 1 or row_block > 1 or column_block < shape[-1]
     return None if is_blocks else f"{name} has scales of blocks, and it has one per row"
 
@@ -236,9 +258,12 @@ def _blocks(
             return _unknown(name, tensors, "its absmax is in 8 bits, and what decodes it is missing", loaders)
     elif absmax.info.dtype not in ("F32", "F16", "BF16"):
         return _unknown(name, tensors, f"its absmax is {absmax.info.dtype}", loaders)
+    faults = ()
+    if absmax.info.dtype in ("F16", "BF16"):
+        faults = (f"its absmax is stored as {absmax.info.dtype}, where loaders want F32: it is rounded",)
     layout = Blocks4bit(shape, packed, absmax, block_size, book, quant_map, nested)
     detail = f"blocks of {block_size}{', absmax in 8 bits' if nested else ''}"
-    return Found(name, detail, shape, layout, origin, loaders)
+    return Found(name, detail, shape, layout, origin, loaders, faults)
 
 
 def _nested(tensors: dict[str, SourceTensor], state: dict[str, Any], count: int) -> Nested | None:
@@ -287,6 +312,12 @@ def _microscaled(
     if tensor_scale is None or tensor_scale.info.dtype != "F32" or tensor_scale.info.elements != 1:
         return _unknown(name, tensors, "its weight_scale_2 is missing", loaders)
     return Found(name, "groups of 16", shape, NvFp4(shape, codes, scale, columns, tensor_scale), origin, loaders)
+
+
+def undescribed(tensors: dict[str, SourceTensor], suffix: str) -> Found:
+    """A layer whose description is no JSON object."""
+    what = suffix.removeprefix("weight.").partition("__")[0]
+    return _unknown("undescribed", tensors, f"its {what} is not the JSON object that it should be: it is damaged")
 
 
 def _unknown(name: str, tensors: dict[str, SourceTensor], fault: str, loaders: tuple[str, ...] = ()) -> Found:

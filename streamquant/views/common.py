@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -21,13 +23,53 @@ from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
 from streamquant.verdict import Unwatched, Watcher
 
+MOST_ROWS = 2000  # of a table that a terminal lays out
+WIDEST = 10_000  # columns
 LISTED = 12  # findings shown before the rest is counted
 
 
-def show(screen: Screen, parts: list[Table | Text | Tree]) -> None:
-    """Print to standard output; lines are never cut, so that a path can be copied whole."""
+@dataclass(frozen=True)
+class Rows:
+    """A table too long for a terminal's own layout: every row is one line, as wide as it needs to be."""
+
+    headings: tuple[str, ...]
+    right: tuple[str, ...]
+    rows: list[list[str]]
+
+    def lines(self) -> Iterator[str]:
+        """Padded columns, two spaces between them."""
+        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        pads = ["rjust" if heading in self.right else "ljust" for heading in self.headings]
+        for row in (self.headings, *self.rows):
+            yield "  ".join(getattr(cell, pad)(width) for cell, pad, width in zip(row, pads, widths, strict=True)).rstrip()
+
+
+def rows(
+    headings: tuple[str, ...], right: tuple[str, ...], found: list[list[str]], bad: set[int] | frozenset = frozenset()
+) -> Table | Rows:
+    """Rows of words as a table; as bare lines when there are thousands. bad: numbers of the rows that are to stand out."""
+    if len(found) > MOST_ROWS:
+        return Rows(headings, right, found)
+    made = table(*headings, right=right)
+    for number, row in enumerate(found):
+        made.add_row(*map(Text, row), style="red" if number in bad else None)
+    return made
+
+
+def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
+    """Print to standard output. Lines are never cut, so that a path can be copied whole; on a terminal tables fit its width,
+    elsewhere they are as wide as they need to be, so that a name can be searched for.
+    """
     for part in parts:
-        screen.out.print(part, soft_wrap=isinstance(part, Text))
+        if isinstance(part, Rows):
+            screen.out.file.writelines(f"{line}\n" for line in part.lines())
+        elif isinstance(part, Text) or isinstance(part, Tree) and not screen.out.is_terminal:
+            screen.out.print(part, soft_wrap=True)
+        elif isinstance(part, Table) and not screen.out.is_terminal:
+            widest = screen.out.options.update(max_width=WIDEST)
+            screen.out.print(part, width=Measurement.get(screen.out, widest, part).maximum, crop=False)
+        else:
+            screen.out.print(part)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

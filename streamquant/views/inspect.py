@@ -13,9 +13,9 @@ from streamquant.checkpoint.header import printable
 from streamquant.folding import fold_all, spell
 from streamquant.inspect import SCALES_PER_LAYER, Group, Inspection
 from streamquant.stored import StoredLayer
-from streamquant.stored.foreign import GgufSummary
+from streamquant.stored.gguf import GgufSummary
 
-from .common import count, name_of, path_of, sentences, shape_of, table
+from .common import Rows, count, name_of, path_of, rows, sentences, shape_of, table
 
 METADATA_SHOWN = 8
 MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
@@ -36,7 +36,7 @@ def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
     if found.foreign:
         parts += sentences("In layouts of other tools", [f"{tool}: {count(n, 'tensor')}" for tool, n in found.foreign.items()])
     if found.faults:
-        faults = [f"{printable(name)}: {fault}" for name, fault in found.faults]
+        faults = [f"{printable(name)}: {fault}" if name else fault for name, fault in found.faults]
         parts += sentences(f"Wrong as it stands ({len(faults)})", faults)
     return parts
 
@@ -133,19 +133,18 @@ def _metadata(metadata: dict[str, str]) -> str:
     return "; ".join(shown) + (f"; and {more} more (--json lists all)" if more > 0 else "")
 
 
-def layers_view(found: Inspection) -> Table:
+def layers_view(found: Inspection) -> Table | Rows:
     """Every tensor, one row each: quantized layers, then what is as it is."""
-    made = table("layer", "format", "scales", "shape", "size", "bits", right=("size", "bits"))
+    listed = []
     for layer in found.contents.layers.values():
-        made.add_row(
-            name_of(layer.name), name_of(layer.format, 40), layer.detail, shape_of(layer.shape), decimal(layer.nbytes),
-            f"{layer.bits_per_weight:.2f}",
-        )  # fmt: skip
+        bits = f"{layer.bits_per_weight:.2f}"
+        words = [printable(layer.name), printable(layer.format, 40), layer.detail, shape_of(layer.shape)]
+        listed.append([*words, decimal(layer.nbytes), bits])
     for name, tensor in found.contents.plain.items():
         info = tensor.info
         bits = f"{8 * info.nbytes / info.elements:.2f}" if info.elements else ""
-        made.add_row(name_of(name), info.dtype, "as it is", shape_of(info.shape), decimal(info.nbytes), bits)
-    return made
+        listed.append([printable(name), info.dtype, "as it is", shape_of(info.shape), decimal(info.nbytes), bits])
+    return rows(("layer", "format", "scales", "shape", "size", "bits"), ("size", "bits"), listed)
 
 
 def tree_view(found: Inspection) -> Tree:
@@ -193,17 +192,22 @@ def _leaf(members: list[Any]) -> list[str]:
 
 def gguf_view(found: GgufSummary) -> list[Table | Text]:
     """A GGUF file, as far as its header tells."""
-    architecture = f", {printable(found.architecture)}" if found.architecture else ""
+    weights = f", {_large(found.weights)} weights" if found.weights else ""
+    about = [part for part in (found.architecture, found.file_type) if part]
     parts: list[Table | Text] = [
         Text(path_of(found.path), style="green"),
-        Text(f"GGUF version {found.version}{architecture}, {count(found.tensors, 'tensor')}\n"),
+        Text(f"{decimal(found.nbytes)}, {count(found.tensors, 'tensor')}{weights}"),
+        Text(f"GGUF version {found.version}{''.join(f', {printable(part)}' for part in about)}\n"),
     ]
     if found.types:
-        made = table("type", "tensors", "size", right=("tensors", "size"))
-        for name, (tensors, nbytes) in found.types.items():
-            made.add_row(name_of(name, 40), f"{tensors:,}", decimal(nbytes))
+        made = table("type", "tensors", "size", "bits", right=("tensors", "size", "bits"))
+        for kind in found.types:
+            row = [f"{kind.tensors:,}", decimal(kind.nbytes), f"{kind.bits_per_weight:.2f}"]
+            made.add_row(name_of(kind.name, 40), *row)
         parts.append(made)
     elif not found.complete:
-        parts.append(Text("Its tensors are not listed: that needs the gguf package (pip install gguf)."))
+        parts.append(Text("Its types and metadata are not shown: that needs the gguf package (pip install gguf)."))
     parts += [Text(""), _line("loads in", "llama.cpp, and ComfyUI with a node pack for GGUF; streamquant does not convert it")]
+    if found.metadata:
+        parts.append(_line("metadata", _metadata({name: str(value) for name, value in found.metadata.items()})))
     return parts

@@ -11,7 +11,7 @@ from rich.text import Text
 from streamquant.checkpoint.header import printable, printable_lines
 from streamquant.verdict import LayerCheck, Verdict
 
-from .common import count, decibels, name_of, path_of, ratio, sentences, table
+from .common import Rows, count, decibels, path_of, ratio, rows, sentences, table
 
 
 def verdict_view(found: Verdict) -> list[Table | Text]:
@@ -78,19 +78,22 @@ def _done(found: Verdict) -> str:
     return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed}/s"
 
 
-def checked_layers_view(found: Verdict) -> Table:
+def checked_layers_view(found: Verdict) -> Table | Rows:
     """Every layer, the worst first."""
-    numbers = ("error", "nearest", "dB", "cosine", "largest")
-    made = table("layer", "format", *numbers, right=numbers)
-    for layer in sorted(found.layers, key=lambda layer: -layer.relative_error):
-        made.add_row(
-            name_of(layer.key.removesuffix(".weight")),
-            name_of(layer.format, 40),
+    numbers = ("error", "nearest", "dB", "cosine", "largest", "saturated")
+    layers = sorted(found.layers, key=lambda layer: -layer.relative_error)
+    listed = [
+        [
+            printable(layer.key.removesuffix(".weight")),
+            printable(layer.format, 40),
             ratio(layer.relative_error),
             ratio(layer.nearest_error),
             decibels(layer.signal_to_noise),
             f"{layer.cosine:.5f}",
             f"{layer.largest_error:.2g}",
-            style=None if layer.sound else "red",
-        )
-    return made
+            f"{layer.saturated_share:.2%}",
+        ]
+        for layer in layers
+    ]
+    bad = {number for number, layer in enumerate(layers) if not layer.sound}
+    return rows(("layer", "format", *numbers), numbers, listed, bad)

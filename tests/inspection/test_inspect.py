@@ -16,7 +16,7 @@ from streamquant import FormatChoice, Recipe, errors
 from streamquant.checkpoint.reader import TileReader
 from streamquant.folding import fold, fold_all, spell
 from streamquant.inspect import SCALES_PER_LAYER, inspect
-from streamquant.stored.foreign import GgufSummary
+from streamquant.stored.gguf import GgufSummary
 
 
 def flux2_like() -> dict[str, Tensor]:

@@ -140,3 +140,12 @@ def test_a_real_browser_draws_it(files, tmp_path):
     dumped = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True).stdout
     place = dumped[dumped.index('id="histograms"') : dumped.index('id="samples"')]
     assert place.count("<figure>") == 3 and place.count("<rect") == 3 * BINS, "the script ran and drew three histograms"
+
+
+@pytest.mark.parametrize("errors_", [(0.0062, 0.008), (0.02, 0.14), (0.1, 0.1), (1e-6, 2e-6), (0.001, 0.9)])
+def test_the_picture_of_errors_has_labels_whatever_they_span(errors_):
+    points = [Point(f"layer{index}", "nf4", error, 1000 * (index + 1)) for index, error in enumerate(errors_)]
+    picture = error_against_size(points)
+    axis = picture[picture.index("axis_2") : picture.index("relative error</text>")]
+    labels = re.findall(r">([0-9.e−-]+)</text>", axis)
+    assert len(set(labels)) == len(labels) >= 2, labels

@@ -1,0 +1,193 @@
+"""Whether one layer is what its source should have become: judged by what was summed over it and by what its format can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from streamquant.pairing import Pair, Pairing
+from streamquant.stored import Contents, Layout, Plain, Read, tiles
+from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
+from streamquant.stored.difference import Difference, compare
+from streamquant.stored.expectation import nearest_error
+from streamquant.stored.four_bit import Blocks4bit
+from streamquant.verdict import LayerCheck
+
+# Times the error of rounding to nearest, from which a layer is a suspect. Learned rounding raises the error of the weights
+# (it lowers that of the layer's outputs): by a third where it knows the inputs, by three quarters with --objective svd.
+OUT_OF_LINE = 2.5
+# The number that brings a sound layer nearest to its source is 1, but for a part of its error (weights that repeat a few
+# values are all rounded the same way; few weights cancel badly) and a share of the squared error.
+FACTOR_TOLERANCE, FACTOR_BIAS, FACTOR_NOISE, FACTOR_SHARE = 0.002, 0.35, 3.0, 3.0
+SMALLEST_NORMAL = 2.0**-126  # weights below count as zeros: no scale reaches them
+ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
+DECODED_ERROR = 0.01  # of what was decoded back: one more rounding
+EXAMINED = 4  # tiles that are encoded afresh for comparison, beside the worst
+# Rounding to nearest puts no element far off its source, learned rounding puts some in nearly every span: few elements, or
+# elements in few spans, were changed afterwards.
+FEW_ELEMENTS, FEW_SPANS = 2000, 50  # one of so many
+LOOSE_SHARE = 4  # times the far elements are there to be just beyond a half step, from which rounding was learned
+LEARNED = 0.7  # a relative error that a layer may have which is, to the bit, what learned rounding wrote
+
+
+@dataclass
+class PairSum:
+    """What one pair has come to. worst: (relative error, begin, end) of its worst range. unequal: bytes or values."""
+
+    difference: Difference = field(default_factory=Difference)
+    worst: tuple[float, int, int] = (-1.0, 0, 0)
+    unequal: int = 0
+
+    def add(self, other: PairSum) -> None:
+        self.difference.add(other.difference)
+        self.worst = max(self.worst, other.worst)
+        self.unequal += other.unequal
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges layers. complete: whether the sums are over whole layers. intact: tensors whose hash agrees with the manifest."""
+
+    pairing: Pairing
+    output: Contents
+    read_source: Read
+    read_output: Read
+    complete: bool
+    intact: set[str]
+
+    @cached_property
+    def is_learned(self) -> bool:
+        """Whether the recipe on record rounds with knowledge of inputs, or for the largest singular directions."""
+        said = [entry.recipe.get("learned") for entry in self.output.provenance if entry]
+        return any(
+            learned.get("calibration_xxh3_64") or learned.get("structure") or learned.get("objective") == "svd"
+            for learned in said
+            if isinstance(learned, dict)
+        )
+
+    def layer(self, pair: Pair, found: PairSum) -> LayerCheck:
+        """The check of one pair of weights, with the cause of what is wrong."""
+        difference, layer = found.difference, pair.layer
+        faults = list(layer.faults) if layer else []
+        expected, measured = self._examine(pair, found)
+        if not faults and difference.elements and not self._is_as_written(pair, measured, difference):
+            if is_suspect(difference, expected, measured):
+                faults = [diagnose(self._case(pair, found, _examined(pair.layout, found)))]
+            elif is_damaged(pair.layout, difference):
+                steps = difference.steps
+                first = steps.wild_at if steps.wild_spans else steps.far_at
+                case = self._case(pair, found, [_rows_around(pair.layout, first)])
+                # A small absmax among large ones is itself rounded, by more than its codes' steps: only codes count then.
+                if not (_is_nested(pair.layout) and codes_are_right(case)):
+                    faults = [diagnose_damage(case, steps)]
+        return LayerCheck(
+            pair.key,
+            layer.format if layer else pair.output[0].info.dtype,
+            layer.detail if layer else "decoded",
+            pair.reference.shape,
+            pair.source_bytes,
+            pair.output_bytes,
+            difference.relative_error,
+            difference.signal_to_noise,
+            difference.cosine,
+            difference.largest,
+            difference.largest_at,
+            difference.saturated_share,
+            expected,
+            "; ".join(faults) or None,
+        )
+
+    def _is_as_written(self, pair: Pair, measured: float, difference: Difference) -> bool:
+        """Whether learned rounding made this layer and it has kept every bit: then its weights may be far from nearest."""
+        if difference.nonfinite or pair.layer is None or measured > LEARNED:
+            return False
+        names = [tensor.name for tensor in pair.layer.tensors.values()]
+        return self.is_learned and all(name in self.intact for name in names)
+
+    def _examine(self, pair: Pair, found: PairSum) -> tuple[float | None, float]:
+        """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
+        if isinstance(pair.layout, Plain):
+            return DECODED_ERROR, found.difference.relative_error
+        absmax = found.difference.absmax if self.complete else None
+        worst: tuple[float | None, float] = (None, found.difference.relative_error)
+        ratio = -1.0
+        for begin, end in _examined(pair.layout, found):
+            expected = nearest_error(pair.layout, pair.reference.decode(self.read_source, begin, end).values, absmax)
+            if expected is None:
+                continue
+            there = compare(pair.layout, self.read_output, pair.reference, self.read_source, begin, end)
+            actual = math.inf if there.nonfinite else there.relative_error
+            now = actual / expected if expected else (math.inf if actual else 0.0)
+            if now > ratio:
+                ratio, worst = now, (expected, actual)
+        return worst
+
+    def _case(self, pair: Pair, found: PairSum, ranges: list[tuple[int, int]]) -> Case:
+        def others() -> Iterator[tuple[str, Layout, Layout | None]]:
+            for other in self.pairing.pairs:
+                if other.key != pair.key and other.reference is not None and other.reference.shape == pair.reference.shape:
+                    yield other.key, other.reference, other.layout
+
+        absmax = found.difference.absmax if self.complete else None
+        return Case(pair.layout, pair.reference, self.read_output, self.read_source, tuple(ranges), absmax, others)
+
+
+def is_suspect(difference: Difference, expected: float | None, measured: float) -> bool:
+    """Whether a layer as a whole is further from its source than its format explains."""
+    if difference.nonfinite:
+        return True
+    if max(difference.absmax, difference.largest) < SMALLEST_NORMAL:
+        return False
+    if expected is None:
+        return measured > ALWAYS_SUSPECT
+    if measured > OUT_OF_LINE * expected:
+        return True
+    off = abs(difference.factor - 1) if difference.factor is not None and difference.weight else 0.0
+    bias = max(FACTOR_BIAS, FACTOR_NOISE / math.sqrt(difference.elements)) * expected
+    return off > FACTOR_TOLERANCE + bias + FACTOR_SHARE * max(expected, measured) ** 2
+
+
+def is_damaged(layout: Layout, difference: Difference) -> bool:
+    """Whether a layer that is right as a whole holds elements that no rounding makes."""
+    steps = difference.steps
+    if steps is None or not steps.far:
+        return False
+    if steps.wild_spans and 2 * steps.wild_spans <= steps.spans:
+        return True
+    if _is_nested(layout):
+        return False
+    few = difference.elements // FEW_ELEMENTS
+    if LOOSE_SHARE * steps.far < steps.loose:
+        return False  # many lie just beyond a half step: they were rounded with others in mind
+    if steps.far <= max(2, few) or FEW_SPANS * steps.far_spans <= steps.spans:
+        return True
+    return 0 < steps.farthest <= few and steps.farther == steps.farthest
+
+
+def _is_nested(layout: Layout) -> bool:
+    return isinstance(layout, Blocks4bit) and layout.nested is not None
+
+
+def _rows_around(layout: Layout, index: int) -> tuple[int, int]:
+    """The row of an element, or the piece of it that a tile is."""
+    row = index // layout.columns * layout.columns
+    begin, end = next(piece for piece in tiles((1, layout.columns)) if row + piece[1] > index)
+    return row + begin, row + end
+
+
+def _examined(layout: Layout, found: PairSum) -> list[tuple[int, int]]:
+    """A few tiles from all over the layer, and the worst one, in order."""
+    ranges = set(spread(list(tiles(layout.shape)), 0.0, EXAMINED))
+    if found.worst[2]:
+        ranges.add(found.worst[1:])
+    return sorted(ranges)
+
+
+def spread(ranges: list, share: float, at_least: int = 1) -> list:
+    """About that share of the ranges, evenly spread."""
+    count = min(max(math.ceil(share * len(ranges)), at_least), len(ranges))
+    return [ranges[index] for index in np.linspace(0, len(ranges) - 1, count).round().astype(int)] if count else []
