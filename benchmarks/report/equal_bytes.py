@@ -31,10 +31,11 @@ class Point:
 def points(rows: Sequence[Result], model: str, metric: str) -> list[Point]:
     """Everything measured of the whole model, newest first by format and contender; ours as it comes and calibrated."""
     mine = latest(rows, model)
-    weights = next((row.size_bytes / 2 for row in mine if row.size_bytes and not row.detail), 0)
+    # Rows of before sizes were kept are of the same layers.
+    size = next((row.size_bytes for row in mine if row.size_bytes and not row.detail), 0)
     return [
-        Point(row.contender, row.case, method(row), 8 * row.output_bytes / weights, row.p50)
+        Point(row.contender, row.case, method(row), 8 * row.output_bytes / ((row.size_bytes or size) / 2), row.p50)
         for row in mine
-        if row.metric == metric and not row.detail and row.p50 is not None and row.output_bytes and weights
+        if row.metric == metric and not row.detail and row.p50 is not None and row.output_bytes and size
         and method(row) in ("", AS_IT_COMES, CALIBRATED)
     ]  # fmt: skip
