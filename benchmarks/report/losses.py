@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks.report.quality_pictures import AS_IT_COMES, CALIBRATED, PANELS, Point, points
+from benchmarks.report.equal_bytes import AS_IT_COMES, CALIBRATED, PANELS, Point, points
 from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, conversions, operations
 from benchmarks.report.tables import SIZE, markdown
 from benchmarks.results import Result

@@ -4,48 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
-from benchmarks.quality_results import latest, method
 from benchmarks.report import style
-from benchmarks.report.rounding_pictures import FLUX, MINILM
+from benchmarks.report.equal_bytes import CALIBRATED, PANELS, Point, points
 from benchmarks.results import Result
 
-# Of each model: what its outputs are judged by, and in what words.
-PANELS = {
-    MINILM: ("1 - cosine", "error of sentence embeddings, 1 - cosine"),
-    FLUX: ("velocity error", "error of the velocity, relative"),
-}
-AS_IT_COMES, CALIBRATED = "no-data", "sketch"
-BETWEEN = 6.9  # bits: what parts 4-bit formats from 8-bit ones
-
-
-@dataclass(frozen=True)
-class Point:
-    """One tool's format on one model. bits: a weight, scales included; method: the product's, "" for another tool."""
-
-    contender: str
-    format: str
-    method: str
-    bits: float
-    error: float
-
-
-def points(rows: Sequence[Result], model: str, metric: str) -> list[Point]:
-    """Everything measured of the whole model, newest first by format and contender; ours as it comes and calibrated."""
-    mine = latest(rows, model)
-    weights = next((row.size_bytes / 2 for row in mine if row.size_bytes and not row.detail), 0)
-    return [
-        Point(row.contender, row.case, method(row), 8 * row.output_bytes / weights, row.p50)
-        for row in mine
-        if row.metric == metric and not row.detail and row.p50 is not None and row.output_bytes and weights
-        and method(row) in ("", AS_IT_COMES, CALIBRATED)
-    ]  # fmt: skip
+FEW, MANY = 5.6, 7.6  # bits: 4-bit formats are below the one, 8-bit formats above the other
 
 
 def at_equal_bytes(rows: Sequence[Result], path: Path) -> Path | None:
@@ -57,11 +25,18 @@ def at_equal_bytes(rows: Sequence[Result], path: Path) -> Path | None:
     figure, axes = pyplot.subplots(len(found), 2, figsize=(12, 5.2 * len(found)), squeeze=False, layout="constrained")
     for (few, many), (model, shown) in zip(axes, found.items(), strict=True):
         for axis, part, title in (
-            (few, [point for point in shown if point.bits < BETWEEN], "about 4 bits"),
-            (many, [point for point in shown if point.bits >= BETWEEN], "about 8 bits"),
+            (few, [point for point in shown if point.bits < FEW], "about 4 bits"),
+            (many, [point for point in shown if point.bits > MANY], "about 8 bits"),
         ):
             _panel(axis, part)
             axis.set(title=f"{model}, {title}", xlabel="bits a weight, scales included", ylabel=PANELS[model][1])
+        between = [point for point in shown if FEW <= point.bits <= MANY]
+        if between:
+            names = (f"{p.format} of {style.tool(p.contender)} ({p.bits:.1f} bits: {p.error:.2g})" for p in between)
+            few.annotate(
+                f"not in the picture: {', '.join(names)}", (0, 0), xytext=(3, 3), xycoords="axes fraction",
+                textcoords="offset points", fontsize=6.5, color="#555555",
+            )  # fmt: skip
     style.legend_below(figure, *axes.flat, columns=5)
     return style.save(figure, path)
 
@@ -81,10 +56,7 @@ def _panel(axis: Axes, shown: Sequence[Point]) -> None:
         )  # fmt: skip
     if not shown:
         return
-    axis.set_yscale("log")
-    for kind in ("major", "minor"):
-        getattr(axis.yaxis, f"set_{kind}_formatter")(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    axis.tick_params(axis="y", which="minor", labelsize=7)
+    style.logarithmic(axis, "y", (1, 2, 3, 5), lambda value: f"{value:.5f}".rstrip("0"))
     axis.margins(x=0.1, y=0.05)
     left, right = axis.get_xlim()
     edge = right + 0.04 * (right - left)

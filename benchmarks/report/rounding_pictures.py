@@ -11,9 +11,9 @@ from matplotlib import pyplot
 from benchmarks import quality_methods as methods
 from benchmarks.quality_results import latest, method
 from benchmarks.report import style
+from benchmarks.report.equal_bytes import FLUX, MINILM
 from benchmarks.results import Result
 
-FLUX, MINILM = "tiny Flux.2", "MiniLM-L6"
 METHODS = {
     "rtn": dict(color="#000000", marker="o", linestyle="-"),
     "scales": dict(color="#999999", marker="v", linestyle="--"),

@@ -5,7 +5,7 @@ Colours are Okabe and Ito's ("Color Universal Design", 2008). Whoever has a colo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -61,7 +61,7 @@ def look(contender: str) -> dict[str, str]:
 
 def times_axis(axis: Axes, which: str = "x") -> None:
     """A logarithmic axis of factors: ticks such as 0.5 x, 10 x."""
-    _logarithmic(axis, which, (1, 2, 5), lambda value: f"{value:g} x")
+    logarithmic(axis, which, (1, 2, 5), lambda value: f"{value:g} x")
 
 
 def amount_axis(axis: Axes, which: str, name: str, steps: Sequence[int] = (1, 2, 5)) -> None:
@@ -80,10 +80,11 @@ def amount_axis(axis: Axes, which: str, name: str, steps: Sequence[int] = (1, 2,
         target.set_major_locator(matplotlib.ticker.LogLocator(base=2, numticks=20))
         target.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     else:
-        _logarithmic(axis, which, steps, text)
+        logarithmic(axis, which, steps, text)
 
 
-def _logarithmic(axis: Axes, which: str, steps: Sequence[int], text) -> None:
+def logarithmic(axis: Axes, which: str, steps: Sequence[int], text: Callable[[float], str]) -> None:
+    """A logarithmic axis with ticks at `steps` of each power of ten."""
     getattr(axis, f"set_{which}scale")("log")
     target = getattr(axis, f"{which}axis")
     target.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import CASES
-from benchmarks.report.quality_pictures import AS_IT_COMES, CALIBRATED, PANELS, points
+from benchmarks.report.equal_bytes import AS_IT_COMES, CALIBRATED, PANELS, points
 from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations
 from benchmarks.results import Result
 

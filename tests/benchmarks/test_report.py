@@ -15,7 +15,7 @@ from benchmarks import quality_results, report, results
 from benchmarks.__main__ import main
 from benchmarks.machine import REPOSITORY
 from benchmarks.report import losses, marks, selection, tables
-from benchmarks.report.quality_pictures import points
+from benchmarks.report.equal_bytes import points
 from benchmarks.results import Result
 
 PEER = selection.PEER
