@@ -84,10 +84,10 @@ def test_a_weight_that_cannot_be_read_is_named_and_the_others_are_compared(files
 
     _, a, b = files
     stored = load(b)
-    name = next(name for name in stored if name.endswith(".weight") and stored[name].dtype in ("U8", "I8", "F8_E4M3"))
-    stored[name] = stored[name]._replace(shape=(1, len(stored[name].data)))
+    name = next(name for name in stored if f"{name}.absmax" in stored)
+    del stored[f"{name}.absmax"]
     broken = save(tmp_path / "broken.safetensors", stored, {k: v for k, v in metadata_of(b).items() if k != "streamquant"})
     found = compare(a, broken)
     assert list(found.unreadable) == [name]
-    assert "different shapes" in found.unreadable[name] or "cannot be decoded in B" in found.unreadable[name]
+    assert "cannot be decoded in B" in found.unreadable[name]
     assert found.layers and name not in {layer.key for layer in found.layers}
