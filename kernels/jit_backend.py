@@ -159,9 +159,10 @@ class JitBackend:
 
     def byte_difference(self, codes: np.ndarray, scale: np.ndarray, grid: str, rotation: int, tile) -> DifferenceSums:
         """`streamquant.kernels.difference.of_bytes`: codes uint8 [n], scale float32 [runs]."""
-        from .jit.difference import difference_of_bytes
+        from .jit.difference import E4M3, E5M2, INT8, difference_of_bytes
 
-        return _difference(difference_of_bytes[grid], codes, np.ascontiguousarray(scale), rotation, tile)
+        number = {"e4m3": E4M3, "e5m2": E5M2, "int8": INT8}[grid]
+        return _difference(difference_of_bytes, codes, np.ascontiguousarray(scale), number, rotation, tile)
 
     def book_difference(
         self, packed: np.ndarray, absmax: np.ndarray, block_size: int, book: np.ndarray, high_first: bool, tile

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -61,7 +61,7 @@ class Compared:
 @dataclass(frozen=True)
 class Comparison:
     """Two files. layers: weights that are quantized in at least one. only_in_a, only_in_b: tensors without a counterpart.
-    alike: other tensors that both have.
+    alike: other tensors that both have. unreadable: weight -> why it could not be compared.
     """
 
     a: Path
@@ -74,6 +74,7 @@ class Comparison:
     bytes_a: int
     bytes_b: int
     seconds: float
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def count(self, better: str) -> int:
         """How many layers one side wins."""
@@ -104,7 +105,7 @@ def compare(
     options, watcher = options or Options(), watcher or Unwatched()
     contents = [read_contents(part if isinstance(part, Checkpoint) else open_checkpoint(part))
                 for part in (a, b, source) if part is not None]  # fmt: skip
-    keys = _common(contents)
+    keys, unreadable = _common(contents)
     with ExitStack() as stack:
         readers = [stack.enter_context(TileReader(part.checkpoint, options.effective_io)) for part in contents]
         watcher.started(sum(contents[0].checkpoint.tensors[key].info.nbytes for key in keys))
@@ -124,34 +125,47 @@ def compare(
         layers,
         tuple(sorted(first - second)),
         tuple(sorted(second - first)),
-        len((first & second) - set(keys)),
+        len((first & second) - set(keys) - set(unreadable)),
         contents[0].checkpoint.size,
         contents[1].checkpoint.size,
         time.monotonic() - started,
+        unreadable,
     )
 
 
-def _common(contents: list[Contents]) -> list[str]:
-    """The weights to compare: quantized in one of the two, and there in all files, in the first's order."""
+def _common(contents: list[Contents]) -> tuple[list[str], dict[str, str]]:
+    """The weights to compare: quantized in one of the two, and readable in all files, in the first's order; and why others
+    cannot be compared. Raises CheckpointError when there are none.
+    """
     a, b = contents[:2]
     quantized = {layer.key for part in (a, b) for layer in part.layers.values()}
-    keys = [key for key in a.checkpoint.tensors if key in quantized and key in b.checkpoint.tensors]
-    for key in keys:
-        layouts = [part.weight(key) for part in contents]
-        where = next((part.checkpoint.path for part, layout in zip(contents, layouts, strict=True) if layout is None), None)
-        if where is not None:
-            raise errors.CheckpointError(
-                f"The weight {printable(key)} is missing from {printable(str(where), 300)} or cannot be decoded there."
-            )
-        if len({layout.shape for layout in layouts}) > 1:
-            shapes = " and ".join(str(list(layout.shape)) for layout in layouts)
-            raise errors.CheckpointError(f"The weight {printable(key)} has different shapes in these files: {shapes}.")
+    shared = [key for key in a.checkpoint.tensors if key in quantized and key in b.checkpoint.tensors]
+    unreadable = {key: reason for key in shared if (reason := _why_not(key, contents))}
+    keys = [key for key in shared if key not in unreadable]
+    where = " and ".join(printable(str(part.checkpoint.path), 300) for part in (a, b))
+    if not keys and unreadable:
+        key, reason = next(iter(unreadable.items()))
+        raise errors.CheckpointError(f"No weight of {where} can be compared: {printable(key)} {reason}.")
     if not keys:
         raise errors.CheckpointError(
-            f"{printable(str(a.checkpoint.path), 300)} and {printable(str(b.checkpoint.path), 300)} have no quantized weight "
-            f"in common: they are different models, or neither is quantized."
+            f"{where} have no quantized weight in common: they are different models, or neither is quantized."
         )
-    return keys
+    return keys, unreadable
+
+
+def _why_not(key: str, contents: list[Contents]) -> str | None:
+    """Why a weight cannot be compared, as a clause."""
+    shapes = []
+    for word, part in zip(("A", "B", "the source"), contents, strict=False):
+        layout, layer = part.weight(key), part.layers.get(key.removesuffix(".weight"))
+        if layout is None and layer is not None:
+            return f"cannot be decoded in {word}: {'; '.join(layer.faults)}"
+        if layout is None:
+            return f"is missing from {word}" if key not in part.checkpoint.tensors else f"holds no weights in {word}"
+        shapes.append(layout.shape)
+    if len(set(shapes)) > 1:
+        return f"has different shapes: {' and '.join(str(list(shape)) for shape in shapes)}"
+    return None
 
 
 def _jobs(

@@ -13,6 +13,7 @@ from .bits import OPTIONS, SIGNLESS, as_float32, bits_float, float_bits, int32, 
 from .hadamard import rotate_groups
 
 INFINITE = np.int32(0x7F800000)
+E4M3, E5M2, INT8 = range(3)  # grids of one-byte codes
 EXACT = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 # Places in the array of sums: the fields of DifferenceSums, then those of Steps.
 WEIGHT, ERROR, PRODUCT, LARGEST, LARGEST_AT, ABSMAX, FINITE, SATURATED = range(8)
@@ -147,47 +148,44 @@ def _count_ends(steps):
     return found
 
 
-def _make_comparison(decode):
-    @njit(**OPTIONS)
-    def compare(codes, scale, rotation, tile, sums):
-        """codes [n] uint8, in runs that share one of scale [runs] float32, against tile [n].
+@njit(**OPTIONS)
+def difference_of_bytes(codes, scale, grid, rotation, tile, sums):
+    """codes [n] uint8, in runs that share one of scale [runs] float32, against tile [n].
 
-        rotation: the Hadamard group size, 0 for none; it divides n. sums [17]: float64, added to.
-        """
-        elements, run = codes.shape[0], codes.shape[0] // scale.shape[0]
-        span = max(SPAN, rotation)
-        values, steps = np.empty(span, dtype=np.float32), np.empty(span, dtype=np.float32)
-        rotated = np.empty(span if rotation else 0, dtype=np.float32)
-        for begin in range(0, elements, span):
-            size = min(span, elements - begin)
-            done = 0
-            while done < size:
-                index = (begin + done) // run
-                part = min((index + 1) * run - begin, size) - done
-                place, end = begin + done, done + part
-                decode(codes[place : place + part], scale[index], values[done:end], steps[done:end])
-                done = end
-            sums[SATURATED] += _count_ends(steps[:size])
-            tiled = tile[begin : begin + size]
-            if rotation:
-                groups, factor = size // rotation, np.float32(1.0 / np.sqrt(np.float64(rotation)))
-                shaped = rotated[:size].reshape(groups, rotation)
-                rotate_groups(values[:size].reshape(groups, rotation), factor, shaped)
-                _add_span(rotated[:size], tiled, begin, sums)
-                rotate_groups(tiled.reshape(groups, rotation), factor, shaped)
-                for at in range(0, size, SPAN):
-                    end = min(at + SPAN, size)
-                    _add_steps(values[at:end], steps[at:end], rotated[at:end], begin + at, sums)
+    grid: E4M3, E5M2 or INT8. rotation: the Hadamard group size, 0 for none; it divides n. sums [17]: float64, added to.
+    """
+    elements, run = codes.shape[0], codes.shape[0] // scale.shape[0]
+    span = max(SPAN, rotation)
+    values, steps = np.empty(span, dtype=np.float32), np.empty(span, dtype=np.float32)
+    rotated = np.empty(span if rotation else 0, dtype=np.float32)
+    for begin in range(0, elements, span):
+        size = min(span, elements - begin)
+        done = 0
+        while done < size:
+            index = (begin + done) // run
+            part = min((index + 1) * run - begin, size) - done
+            place, end = begin + done, done + part
+            if grid == E4M3:
+                _decode_e4m3(codes[place : place + part], scale[index], values[done:end], steps[done:end])
+            elif grid == E5M2:
+                _decode_e5m2(codes[place : place + part], scale[index], values[done:end], steps[done:end])
             else:
-                _add_span(values[:size], tiled, begin, sums)
-                _add_steps(values[:size], steps[:size], tiled, begin, sums)
-
-    return compare
-
-
-difference_of_bytes = {
-    "e4m3": _make_comparison(_decode_e4m3), "e5m2": _make_comparison(_decode_e5m2), "int8": _make_comparison(_decode_int8),
-}  # fmt: skip
+                _decode_int8(codes[place : place + part], scale[index], values[done:end], steps[done:end])
+            done = end
+        sums[SATURATED] += _count_ends(steps[:size])
+        tiled = tile[begin : begin + size]
+        if rotation:
+            groups, factor = size // rotation, np.float32(1.0 / np.sqrt(np.float64(rotation)))
+            shaped = rotated[:size].reshape(groups, rotation)
+            rotate_groups(values[:size].reshape(groups, rotation), factor, shaped)
+            _add_span(rotated[:size], tiled, begin, sums)
+            rotate_groups(tiled.reshape(groups, rotation), factor, shaped)
+            for at in range(0, size, SPAN):
+                end = min(at + SPAN, size)
+                _add_steps(values[at:end], steps[at:end], rotated[at:end], begin + at, sums)
+        else:
+            _add_span(values[:size], tiled, begin, sums)
+            _add_steps(values[:size], steps[:size], tiled, begin, sums)
 
 
 @njit(**EXACT)

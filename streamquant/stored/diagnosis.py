@@ -212,7 +212,7 @@ def _wrong_scale(case: Case, decoded: list[np.ndarray], references: list[np.ndar
         size = middle if middle > 1 else 1 / middle if middle else np.inf
         if middle <= 0:
             return "its signs are inverted"
-        return f"its scale is wrong: all of it decodes {size:.{3 if size > 1.1 else 5}g} times {words}"
+        return f"its scale is wrong: all of it decodes {size:.{3 if size > 1.02 else 5}g} times {words}"
     if text := _wrong_offset(case, every):
         return text
     worst = every[wrong][np.abs(np.log(np.maximum(np.abs(every[wrong]), 1e-30))).argmax()]

@@ -66,8 +66,10 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
         elif isinstance(part, Text) or isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
         elif isinstance(part, Table) and not screen.out.is_terminal:
-            widest = screen.out.options.update(max_width=WIDEST)
-            screen.out.print(part, width=Measurement.get(screen.out, widest, part).maximum, crop=False)
+            before, screen.out.width = screen.out.width, WIDEST
+            screen.out.width = Measurement.get(screen.out, screen.out.options, part).maximum
+            screen.out.print(part)
+            screen.out.width = before
         else:
             screen.out.print(part)
 

@@ -27,6 +27,9 @@ def comparison_view(found: Comparison, every_layer: bool = False) -> list[Table 
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:
             parts += sentences(f"Only in {side} ({len(names):,})", [name_of(name).plain for name in names])
+    if found.unreadable:
+        lines = [f"{printable(key)} {reason}" for key, reason in found.unreadable.items()]
+        parts += sentences(f"Not compared ({len(lines):,})", lines)
     parts.append(Text(f"\n{_summary(found)}"))
     return parts
 

@@ -76,3 +76,18 @@ def test_files_that_cannot_be_compared(tmp_path):
         compare(a, shape)
     with pytest.raises(errors.CheckpointError, match="is missing from"):
         compare(a, a, save(tmp_path / "source.safetensors", {"x.weight": floats(64, 64)}))
+
+
+def test_a_weight_that_cannot_be_read_is_named_and_the_others_are_compared(files, tmp_path):
+    """Not an error: the file is still worth comparing."""
+    from small_checkpoints import load, metadata_of
+
+    _, a, b = files
+    stored = load(b)
+    name = next(name for name in stored if f"{name}.absmax" in stored)
+    del stored[f"{name}.absmax"]
+    broken = save(tmp_path / "broken.safetensors", stored, {k: v for k, v in metadata_of(b).items() if k != "streamquant"})
+    found = compare(a, broken)
+    assert list(found.unreadable) == [name]
+    assert "cannot be decoded in B" in found.unreadable[name]
+    assert found.layers and name not in {layer.key for layer in found.layers}
