@@ -1,4 +1,4 @@
-"""Files that are no safetensors files, named for what they are, with what to do. None of them is ever loaded: a pickle runs code.
+"""Files that are no safetensors files, named for what they are, with what to do. None of them is ever loaded.
 
 A file is known by its first bytes; by its name where those say nothing.
 """
@@ -33,7 +33,9 @@ _MAGICS = (
     (b"MZ", "a program, not a model"),
 )
 _PAGES = (b"<!doctype html", b"<html", b"<head", b"<body", b"<?xml", b"<error", b"<!--")
-_MESSAGES = (b'{"', b"{ ", b"{\n", b"{\r", b"entry not found", b"invalid username", b"access to model", b"not found", b"unauthorized")
+_MESSAGES = (
+    b'{"', b"{ ", b"{\n", b"{\r", b"entry not found", b"invalid username", b"access to model", b"not found", b"unauthorized",
+)  # fmt: skip
 # Last part of the name -> what such a file is, where its first bytes do not say so.
 _ENDINGS = {
     ".onnx": "an ONNX file, which is a graph and not a checkpoint: convert from the model's safetensors",

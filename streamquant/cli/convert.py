@@ -169,7 +169,7 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
     source = _source(given)
     recipe = recipe_from(given)
     output = Path(given["output"]) if given["output"] else default_output(Path(source), recipe)
-    if given["output"] and (output.is_dir() or given["output"].endswith("/")):
+    if given["output"] and (os.path.isdir(output) or given["output"].endswith("/")):
         output = output / default_output(Path(source), recipe).name
     from streamquant.transcode import Options, convert, dry_run
 

@@ -51,4 +51,4 @@ def _destination(source: Path, output: str | None, dtype: str | None) -> Path:
     name = f"{stem}-{dtype or 'dequantized'}.safetensors"
     if output is None:
         return source.parent / name
-    return Path(output) / name if output.endswith("/") or Path(output).is_dir() else Path(output)
+    return Path(output) / name if output.endswith("/") or os.path.isdir(output) else Path(output)
