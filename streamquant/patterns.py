@@ -15,7 +15,7 @@ from streamquant.errors import PatternError
 SEARCH_SECONDS = 2.0
 TOTAL_SECONDS = 20.0
 MAX_LENGTH = 200_000  # characters: thousands of layers by name; compiling takes seconds from there on, and cannot be stopped
-MAX_UNROLLED = 50_000  # parts of a pattern whose counted repetitions are written out, as the engine does
+MAX_UNROLLED = 50_000  # parts that counted repetitions may add: the engine writes them out
 SHOWN = 72  # characters of a pattern around the fault
 
 
@@ -36,7 +36,12 @@ class Pattern:
                 f"{self.origin} is {len(self.text):,} characters long, more than {MAX_LENGTH:,}: say what the names have in "
                 f"common."
             )
-        if _unrolled(self.text) > MAX_UNROLLED:
+        if _CALL.search(_ESCAPE.sub("", self.text)):
+            raise PatternError(
+                f"{self.origin} '{printable(self.text)}' calls a part of itself, as (?R) does, which no time limit stops: "
+                f"write it out."
+            )
+        if _unrolled(self.text) > MAX_UNROLLED + len(self.text):
             raise PatternError(
                 f"{self.origin} '{printable(self.text)}' repeats a part more than {MAX_UNROLLED:,} times, which fills "
                 f"the memory: write * or + instead of the number."
@@ -89,6 +94,8 @@ class Pattern:
         )
 
 
+_ESCAPE = regex.compile(r"\\.", regex.DOTALL)
+_CALL = regex.compile(r"\(\?(?:R|[-+]?\d|&|P>)")
 _PART = regex.compile(r"\\.|\{(\d+)(?:,\d*)?\}|.", regex.DOTALL)
 
 

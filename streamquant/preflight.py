@@ -71,7 +71,7 @@ def check_destination(plan: Plan, destination: Path, force: bool) -> None:
 
 def _check_destination(plan: Plan, destination: Path, force: bool) -> None:
     folder = destination.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise errors.PreflightError(f"The folder {printable(str(folder), 300)} does not exist: create it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise errors.PreflightError(f"The folder {printable(str(folder), 300)} cannot be written to: choose another.")

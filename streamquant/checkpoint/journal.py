@@ -20,7 +20,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,16 +130,16 @@ def _encode(record: dict[str, Any]) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, or None when the line is not intact."""
+def _decode(line: bytes, load: Callable[[bytes], Any] = json.loads) -> dict[str, Any] | None:
+    """The record of one line, or None when the line is not intact. load: json.loads, for there may be a million lines."""
     if len(line) < _DIGEST + 2 or not line.endswith(b"\n") or line[_DIGEST : _DIGEST + 1] != b" ":
         return None
     text = line[_DIGEST + 1 : -1]
     if xxhash.xxh3_64_hexdigest(text).encode() != line[:_DIGEST]:
         return None
     try:
-        record = load_json(text)
-    except ValueError:
+        record = load(text)
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -149,7 +149,7 @@ def read_records(path: Path) -> Records:
     when it cannot be read."""
     try:
         with open(path, "rb") as file:
-            first = _decode(file.readline())
+            first = _decode(file.readline(), load_json)  # its values are compared and shown, at any depth
             fingerprint = first.get("fingerprint") if first else None
             if not isinstance(fingerprint, dict) or first.get("journal") != VERSION:
                 raise errors.ResumeError(

@@ -1,4 +1,4 @@
-"""Files that are no safetensors files, named for what they are, with what to do. None is ever loaded: a pickle runs code.
+"""Files that are no safetensors files, named for what they are, with what to do. None of them is ever loaded.
 
 A file is known by its first bytes; by its name where those say nothing.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ def merge(files: tuple[str, ...], output: str, force: bool, as_json: bool) -> No
         from streamquant.errors import OutputExistsError
 
         target = Path(output)
-        if target.exists() and not force:
+        if os.path.exists(target) and not force:
             raise OutputExistsError(f"{printable(output, 300)} is there already: give --force to replace it.")
         merged = library.merge(files)
         merged.save(target)
