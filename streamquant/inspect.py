@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
     Raises a CheckpointError for a file that is malformed or of another kind.
     """
     path = Path(path)
-    if path.is_file() and (summary := read_gguf(path)) is not None:
+    if os.path.isfile(path) and (summary := read_gguf(path)) is not None:
         return summary
     contents = read_contents(open_checkpoint(path))
     checkpoint = contents.checkpoint
