@@ -30,7 +30,7 @@ import xxhash
 from streamquant import errors
 from streamquant.checkpoint.calls import UNSUPPORTED, close, remove, writing
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.positioned import close_read
+from streamquant.checkpoint.positioned import close_read, opened
 
 VERSION = 1
 _DIGEST = 16
@@ -143,7 +143,7 @@ def read_records(path: Path) -> Records:
     """The intact beginning of a journal. Raises ResumeError when not even its first line is intact, DestinationWriteError
     when it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             first = _decode(file.readline())
             if first is None or first.get("journal") != VERSION:
                 raise errors.ResumeError(

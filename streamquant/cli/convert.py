@@ -14,7 +14,7 @@ import click
 from streamquant import presets
 from streamquant.cli.running import stop_on_signals
 from streamquant.cli.words import Size
-from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
+from streamquant.errors import RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
 from streamquant.recipe import CALIBRATION_MODES, OBJECTIVES, FormatChoice, Recipe
 
@@ -153,7 +153,7 @@ def convert(**given: Any) -> None:
     try:
         _convert(given, screen)
     except RunError as error:
-        hint = "" if isinstance(error, InterruptedRunError) and given["resume"] else " --resume"
+        hint = "" if given["resume"] else " --resume"
         screen.fail(error, go_on_with=" ".join(map(_quoted, ["streamquant", *sys.argv[1:]])) + hint)
         sys.exit(error.exit_code)
     except StreamquantError as error:
