@@ -14,6 +14,7 @@ import xxhash
 
 from streamquant import formats, presets
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.positioned import opened
 from streamquant.errors import CalibrationError, UsageError
 from streamquant.formats import Format
 from streamquant.patterns import Pattern
@@ -218,7 +219,7 @@ class Recipe:
             return None
         hasher = xxhash.xxh3_64()
         try:
-            with open(self.calibration, "rb") as file:
+            with opened(self.calibration) as file:
                 while chunk := file.read(1 << 24):
                     hasher.update(chunk)
         except OSError as error:
