@@ -83,7 +83,7 @@ def _check_destination(plan: Plan, destination: Path, force: bool) -> None:
         if target.is_dir():
             raise errors.PreflightError(f"{printable(str(target), 300)} is a folder: give a file name.")
         sources = [file.path for file in plan.checkpoint.files] + [plan.checkpoint.path]
-        if target.exists() and any(target.samefile(source) for source in sources):
+        if target.exists() and any(_same_file(target, source) for source in sources):
             raise errors.OutputIsInputError(
                 f"The output {printable(str(target), 300)} is the source itself: give another name with -o."
             )
@@ -91,6 +91,15 @@ def _check_destination(plan: Plan, destination: Path, force: bool) -> None:
             raise errors.OutputExistsError(
                 f"The output {printable(str(target), 300)} exists: --force replaces it when the new one is complete."
             )
+
+
+def _same_file(target: Path, source: Path) -> bool:
+    """Whether two paths lead to one file. Raises SourceReadError when the source cannot be looked at."""
+    try:
+        status = os.stat(source)
+    except OSError as error:
+        raise errors.SourceReadError(f"Cannot read {printable(str(source), 300)}: {error.strerror}.") from None
+    return os.path.samestat(os.stat(target), status)
 
 
 def check_disk(plan: Plan, folder: Path, already_reserved: int = 0) -> None:

@@ -16,6 +16,7 @@ import xxhash
 
 from streamquant import formats, presets
 from streamquant.checkpoint.header import printable
+from streamquant.checkpoint.positioned import opened
 from streamquant.errors import CalibrationError, UsageError
 from streamquant.formats import Format
 from streamquant.patterns import Pattern
@@ -222,7 +223,7 @@ class Recipe:
         try:
             if not stat.S_ISREG(os.stat(self.calibration).st_mode):  # a pipe would be empty when it is read again
                 raise CalibrationError(f"{printable(str(self.calibration), 300)}: the calibration file is no regular file.")
-            with open(self.calibration, "rb") as file:
+            with opened(self.calibration) as file:
                 while chunk := file.read(1 << 24):
                     hasher.update(chunk)
         except OSError as error:

@@ -16,6 +16,7 @@ from streamquant import errors
 from streamquant.checkpoint.calls import remove, sync_folder, writing
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.journal import Journal, Records, differences, in_use, read_records
+from streamquant.checkpoint.positioned import opened
 from streamquant.checkpoint.writer import Names, PartialFile, find_journals
 from streamquant.output_file import HASH_DIGITS
 from streamquant.plan import Plan, Unit
@@ -252,7 +253,7 @@ def _expect_published(session: Session, number: int, records: Records) -> None:
         expected = bytearray(planned.header)
         hashes = session.file_hashes(number)
         expected[planned.hash_offset : planned.hash_offset + len(hashes)] = hashes
-        with open(final, "rb") as file:
+        with opened(final) as file:
             ours = file.read(len(expected)) == bytes(expected)
     if not ours:
         raise errors.ResumeError(
@@ -309,7 +310,7 @@ def is_complete(plan: Plan, destination: Path) -> bool:
         final = destination.parent / planned.name
         if not final.is_file() or final.stat().st_size != planned.size or final.stat().st_mtime_ns < newest:
             return False
-        with open(final, "rb") as file:
+        with opened(final) as file:
             header = bytearray(file.read(len(planned.header)))
         digits = HASH_DIGITS * len(planned.tensors)
         header[planned.hash_offset : planned.hash_offset + digits] = b"0" * digits

@@ -31,7 +31,7 @@ from streamquant import errors
 from streamquant.checkpoint.calls import UNSUPPORTED, close, remove, writing
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.json_text import load_json
-from streamquant.checkpoint.positioned import close_read
+from streamquant.checkpoint.positioned import close_read, opened
 
 VERSION = 1
 _DIGEST = 16
@@ -148,7 +148,7 @@ def read_records(path: Path) -> Records:
     """The intact beginning of a journal. Raises ResumeError when not even its first line is intact, DestinationWriteError
     when it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             first = _decode(file.readline(), load_json)  # its values are compared and shown, at any depth
             fingerprint = first.get("fingerprint") if first else None
             if not isinstance(fingerprint, dict) or first.get("journal") != VERSION:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
+from typing import BinaryIO
 
 _lock = threading.Lock()  # where there is no positioned call, seek and transfer must not be interleaved
 
@@ -24,6 +26,17 @@ def read_whole(descriptor: int, nbytes: int, offset: int = 0) -> bytes:
     """Bytes from `offset`; fewer than asked for where the file ends. Raises OSError."""
     buffer = bytearray(nbytes)
     return bytes(buffer[: read_at(descriptor, memoryview(buffer), offset)])
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to be read, closed as `close_read` does. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        close_read(descriptor)
 
 
 def close_read(descriptor: int) -> None:

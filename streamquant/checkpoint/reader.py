@@ -119,15 +119,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     try:
+        return _opened(path)
+    except OSError as error:
+        raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror or error}.") from None
+
+
+def _opened(path: Path) -> Checkpoint:
+    try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no filesystem takes
         raise errors.SourceMissingError(f"There is no file or folder at {printable(str(path), 300)}: check the path.") from None
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise errors.SourceMissingError(
-                f"There is no file or folder at {printable(str(path), 300)} ({error.strerror}): check the path."
-            ) from None
-        raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise errors.SourceMissingError(
+            f"There is no file or folder at {printable(str(path), 300)} ({error.strerror}): check the path."
+        ) from None
     if stat.S_ISDIR(found.st_mode):
         path = _find_in_folder(path)
     if path.name.endswith(".json"):

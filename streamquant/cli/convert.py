@@ -14,7 +14,7 @@ from streamquant import presets
 from streamquant.cli.running import stop_on_signals
 from streamquant.cli.safe import command_line
 from streamquant.cli.words import Size
-from streamquant.errors import InterruptedRunError, RunError, StreamquantError, UsageError
+from streamquant.errors import RunError, StreamquantError, UsageError
 from streamquant.layer_config import read_layer_config
 from streamquant.recipe import CALIBRATION_MODES, OBJECTIVES, FormatChoice, Recipe
 
@@ -153,7 +153,7 @@ def convert(**given: Any) -> None:
     try:
         _convert(given, screen)
     except RunError as error:
-        hint = "" if isinstance(error, InterruptedRunError) and given["resume"] else " --resume"
+        hint = "" if given["resume"] else " --resume"
         screen.fail(error, go_on_with=command_line(["streamquant", *sys.argv[1:]]) + hint)
         sys.exit(error.exit_code)
     except StreamquantError as error:

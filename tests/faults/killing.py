@@ -87,8 +87,9 @@ def killed_by_a_timer(ordeal: Ordeal, delays: list[float]) -> int:
     for number, delay in enumerate([*delays, None]):
         more = ["--resume"] if number else []
         process = subprocess.Popen(
-            [sys.executable, "-m", "streamquant", *ordeal.arguments(folder, *more)], stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-m", "streamquant", *ordeal.arguments(folder, *more)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
         if delay is not None:
             time.sleep(delay)
             process.kill()

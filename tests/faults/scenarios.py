@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from faults.server import Result, Server
+from faults.shim import KINDS
 from small_checkpoints import floats, noise, of_values, save
 
 from streamquant.calibration import Calibration, LayerStatistics
@@ -18,11 +19,13 @@ TILES = {"tile_bytes": 4096, "sync_bytes": 16_000}
 
 @dataclass(frozen=True)
 class Scenario:
-    """Flags of `streamquant convert`. old: the names it will write are taken by other files. calibrated: so it is learned."""
+    """Flags of `streamquant convert`. old: the names it will write are taken by other files. calibrated: so it is learned.
+    begun: what faults strike is the resume of a run that was killed halfway."""
 
     flags: str
     old: bool = False
     calibrated: bool = False
+    begun: bool = False
 
 
 SCENARIOS = {
@@ -33,6 +36,7 @@ SCENARIOS = {
     "two passes, shards, threads": Scenario("--int8 --scaling-mode tensor --rtn --shard-size 24000 --threads 3 --io mmap"),
     "over an old file": Scenario("--bnb-4bit --rtn --force", old=True),
     "over old shards": Scenario("--fp8 --scaling-mode block3d --block-size 32 --rtn --shard-size 24000 --force", old=True),
+    "a resume": Scenario("--fp8 --rtn --shard-size 24000", begun=True),
     "learned": Scenario("--int8 --io pread", calibrated=True),
     "learned, shards": Scenario("--fp8 --io mmap --shard-size 24000", calibrated=True),
 }
@@ -97,6 +101,15 @@ class Ordeal:
         return self.server.run(
             arguments=self.arguments(folder, *more), source=str(self.source.parent), destination=str(folder), **TILES, **job
         )
+
+    def begin(self, folder: Path) -> tuple[str, ...]:
+        """Bring the folder to where the attack starts; returns the flags that go on from there."""
+        if not self.scenario.begun:
+            return ()
+        half = sum(sum(kinds.values()) for kinds in self.kinds.values()) * 3 // 4
+        calls = {"source": KINDS, "destination": KINDS}
+        assert self.run(folder, orders={"at": half, "how": "kill after", "calls": calls}).killed
+        return ("--resume",)
 
     def check_names(self, folder: Path, trail: Any) -> None:
         """No final name holds anything but the whole new file or the old one."""

@@ -63,19 +63,11 @@ def struck_calls(ordeal: Ordeal, name: str) -> int:
     return sum(count for folder, kinds in ordeal.kinds.items() for kind, count in kinds.items() if kind in chosen[folder])
 
 
-def strike_all(ordeal: Ordeal, name: str) -> int:
-    """Strike at N = 1, 2, 3, … until a run is untouched; returns how many calls were struck."""
-    at = 1
-    while survive(ordeal, name, at):
-        at += 1
-    return at - 1
-
-
 def survive(ordeal: Ordeal, name: str, at: int) -> bool:
     """One attack and its resume. Returns whether there was an Nth call to strike."""
     fault = FAULTS[name]
     folder = ordeal.make(f"{name}, {at}".replace(" ", "-"))
-    result = ordeal.run(folder, orders=fault.orders(at))
+    result = ordeal.run(folder, *ordeal.begin(folder), orders=fault.orders(at))
     trail = f"{ordeal.name}: {name} at call {at} ({result.kind} in the {result.folder}, {result.path})\n{result.err}"
     ordeal.check_names(folder, trail)
     excused = fault.survived or (_courtesy(folder, result) and not (fault.sticky and result.exit))
