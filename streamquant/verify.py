@@ -35,6 +35,7 @@ from streamquant.verdict import Finding, LayerCheck, Unwatched, Verdict, Watcher
 OUT_OF_LINE = 2.5
 # A sound layer times this comes no nearer to its source: 1, but for a share of the squared error.
 FACTOR_TOLERANCE, FACTOR_SHARE = 0.02, 3.0
+AS_NEAREST = 1.02  # times that error is still that error; a scale that is off by so much as to be noticed adds more
 ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
 CHUNK = 8 << 20  # bytes hashed or compared at a time
 TILES_TOGETHER = 16  # tiles of one piece of work
@@ -297,8 +298,10 @@ class _Check:
             return True
         if expected is None:
             return measured > ALWAYS_SUSPECT
+        # Where the error is that of rounding to nearest no scale is wrong, though few different weights may all be rounded one
+        # way; and where that error is all there is, nothing need be left of the weights.
         off = 0.0
-        if difference.factor is not None and difference.weight and expected < 1:  # else nothing need be left of the weights
+        if difference.factor is not None and difference.weight and AS_NEAREST * expected < measured and expected < 1:
             off = abs(difference.factor - 1)
         return measured > OUT_OF_LINE * expected or off > FACTOR_TOLERANCE + FACTOR_SHARE * expected**2
 
