@@ -34,6 +34,7 @@ from streamquant.verdict import finite
 
 MEBIBYTE = 1 << 20
 PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
+BAR_SECONDS = 0.05  # between two looks at the memory
 JSON_SECONDS = 0.5
 LISTED = 12  # fallbacks shown before the rest is counted
 
@@ -132,6 +133,7 @@ class Bar(Silent):
             console=console,
             transient=True,
         )
+        self._unshown, self._last = 0, 0.0
         self._task = self._bar.add_task("", total=None, memory="", tensor="", start=False)
 
     def __enter__(self) -> Bar:
@@ -154,8 +156,13 @@ class Bar(Silent):
             self.console.print(line, no_wrap=True, overflow="ellipsis")
 
     def progress(self, unit: Unit, source_bytes: int) -> None:
+        self._unshown += source_bytes
+        now = time.monotonic()
+        if now - self._last < BAR_SECONDS:
+            return  # small tensors come by the thousand a second
         memory = _memory(self._budget)
-        self._bar.update(self._task, advance=source_bytes, memory=memory, tensor=escape(printable(unit.key, 40)))
+        self._bar.update(self._task, advance=self._unshown, memory=memory, tensor=escape(printable(unit.key, 40)))
+        self._unshown, self._last = 0, now
 
 
 class PlainLines(Silent):

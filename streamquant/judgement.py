@@ -23,7 +23,7 @@ OUT_OF_LINE = 2.5
 # The number that brings a sound layer nearest to its source is 1, but for a part of its error (weights that repeat a few
 # values are all rounded the same way; few weights cancel badly) and a share of the squared error.
 FACTOR_TOLERANCE, FACTOR_BIAS, FACTOR_NOISE, FACTOR_SHARE = 0.002, 0.35, 3.0, 3.0
-REPEATED_BIAS = 1.0  # in place of FACTOR_BIAS where the source is quantized: its weights are a few values, times scales
+AS_NEAREST = 1.02  # times the error of rounding to nearest: no scale is wrong, though few values may all be rounded one way
 SMALLEST_NORMAL = 2.0**-126  # weights below count as zeros: no scale reaches them
 ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
 DECODED_ERROR = 0.01  # of what was decoded back: one more rounding
@@ -76,8 +76,7 @@ class Judge:
         faults = list(layer.faults) if layer else []
         expected, measured = self._examine(pair, found)
         if not faults and difference.elements and not self._is_as_written(pair, measured, difference):
-            bias = FACTOR_BIAS if isinstance(pair.reference, Plain) else REPEATED_BIAS
-            if is_suspect(difference, expected, measured, bias):
+            if is_suspect(difference, expected, measured):
                 faults = [diagnose(self._case(pair, found, _examined(pair.layout, found)))]
             elif is_damaged(pair.layout, difference):
                 steps = difference.steps
@@ -138,11 +137,8 @@ class Judge:
         return Case(pair.layout, pair.reference, self.read_output, self.read_source, tuple(ranges), absmax, others)
 
 
-def is_suspect(difference: Difference, expected: float | None, measured: float, bias: float = FACTOR_BIAS) -> bool:
-    """Whether a layer as a whole is further from its source than its format explains.
-
-    bias: the part of its error by which it may be off as a whole.
-    """
+def is_suspect(difference: Difference, expected: float | None, measured: float) -> bool:
+    """Whether a layer as a whole is further from its source than its format explains."""
     if difference.nonfinite:
         return True
     if max(difference.absmax, difference.largest) < SMALLEST_NORMAL:
@@ -151,8 +147,10 @@ def is_suspect(difference: Difference, expected: float | None, measured: float, 
         return measured > ALWAYS_SUSPECT
     if measured > OUT_OF_LINE * expected:
         return True
+    if measured <= AS_NEAREST * expected:
+        return False
     off = abs(difference.factor - 1) if difference.factor is not None and difference.weight else 0.0
-    allowed = max(bias, FACTOR_NOISE / math.sqrt(difference.elements)) * expected
+    allowed = max(FACTOR_BIAS, FACTOR_NOISE / math.sqrt(difference.elements)) * expected
     return off > FACTOR_TOLERANCE + allowed + FACTOR_SHARE * max(expected, measured) ** 2
 
 

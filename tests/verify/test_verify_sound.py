@@ -48,6 +48,19 @@ def test_weights_below_the_smallest_scale_and_beyond_what_can_be_squared(tmp_pat
     assert found.sound, found.findings
 
 
+@pytest.mark.parametrize("largest", range(2, 16))
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-row", "fp8-e5m2", "nf4", "fp4"])
+def test_few_different_weights_are_all_rounded_the_same_way(tmp_path, name, largest):
+    """Then the whole layer comes out a little too small or too large, which is no wrong scale."""
+    random = np.random.default_rng(largest)
+    layer = random.choice([-1, 0, 1, largest - 1, largest], p=[0.05, 0.05, 0.05, 0.8, 0.05], size=(64, 128)) * 2.0**-8
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(layer, "F16")})
+    output = tmp_path / "output.safetensors"
+    streamquant.convert(source, output, EVERY_FORMAT[name])
+    found = verify(source, output)
+    assert found.sound, found.findings
+
+
 @pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_files_of_other_programs(tmp_path, name):
     w = weight(96, 128)
