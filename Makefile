@@ -14,7 +14,7 @@ help:
 	@echo "make demo     convert a small Flux.2-shaped checkpoint and check it with bitsandbytes"
 	@echo "make test     run all tests"
 	@echo "make test-comfyui COMFYUI_PATH=...   run the node pack's tests against a real ComfyUI"
-	@echo "make faults   strike at every system call, kill and cut the power hundreds of times (long)"
+	@echo "make faults   strike at every system call, kill, cut the power, go on for hours"
 	@echo "make fuzz     attack everything that reads files or takes patterns, for FUZZ_SECONDS (1800) in all"
 	@echo "make lint     check the style"
 	@echo "make bench    measure against cp and other tools, then write the pictures and tables (an hour or two)"
@@ -45,10 +45,11 @@ test: $(STAMP) lint
 test-comfyui: $(STAMP)
 	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest tests/comfyui
 
-# Faults of the disk, kill -9 and power cuts at every step of a conversion; needs a C compiler. Adds what it reached to
-# benchmarks/results/endurance.csv.
+# Faults of the disk, kill -9 and power cuts at every step of a conversion (needs a C compiler); then what takes long: thousands
+# of conversions, random checkpoints, a 64 GB source (40 GB of disk). Adds what it reached to benchmarks/results/endurance.csv.
 faults: $(STAMP)
 	$(BIN)/python tests/faults/everything.py
+	$(BIN)/python -m pytest -m long --timeout 0 tests/faults
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/campaign.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS) --record
@@ -65,6 +66,8 @@ bench: $(STAMP)
 	$(BENCH) convert --cases int8-default,nf4-default,headline-rtn --no-peer
 	$(BENCH) memory
 	$(BENCH) faults
+	$(BENCH) verify
+	$(BENCH) tensors
 	$(BENCH) kernels
 	$(BENCH) decode
 	$(BENCH) learned
