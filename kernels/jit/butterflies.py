@@ -19,9 +19,10 @@ HALVES, WORDS = ir.VectorType(ir.IntType(16), WIDTH), ir.VectorType(ir.IntType(3
 def rotate_block(typing_context, source, place, factor, target, at, digits):
     """target[at : at + 64] = source[place : place + 64] * factor, through the first `digits` (1, 2 or 3) stages.
 
-    source: uint16 (BF16 bits) or float32, target: float32, flat and contiguous. digits is a literal.
+    source: uint16 (BF16 bits) or float32, target: float32; contiguous, their elements numbered as they lie. digits is a
+    literal.
     """
-    if not isinstance(digits, types.IntegerLiteral):
+    if not isinstance(digits, types.IntegerLiteral) or source.layout != "C" or target.layout != "C":
         return None
     stages = digits.literal_value
 
@@ -51,7 +52,7 @@ def rotate_block(typing_context, source, place, factor, target, at, digits):
 
 @intrinsic
 def rotate_stride(typing_context, target, at, stride):
-    """One stage, in place, of 16 neighbours each at target[at + i * stride], i = 0…3; target: float32, contiguous."""
+    """One stage, in place, of 16 neighbours each at target[at + i * stride], i = 0…3; target as above."""
 
     def generate(context, builder, signature, arguments):
         target, at, stride = arguments

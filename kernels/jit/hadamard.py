@@ -21,31 +21,33 @@ def rotate_groups(groups, factor, rotated):
     stay within 64 neighbours, which are one group, a part of one or several; the rest follow while it is in the cache.
     """
     size = groups.shape[1]
-    source, target = groups.reshape(-1), rotated.reshape(-1)
-    elements = source.shape[0]
+    elements = groups.size
     whole = elements - elements % BLOCK
     if size == 4:
         for begin in range(0, whole, BLOCK):
-            rotate_block(source, begin, factor, target, begin, 1)
+            rotate_block(groups, begin, factor, rotated, begin, 1)
     elif size == 16:
         for begin in range(0, whole, BLOCK):
-            rotate_block(source, begin, factor, target, begin, 2)
+            rotate_block(groups, begin, factor, rotated, begin, 2)
     else:
-        for group in range(0, whole, size):
+        for group in range(0, elements, size):
             for begin in range(group, group + size, BLOCK):
-                rotate_block(source, begin, factor, target, begin, 3)
+                rotate_block(groups, begin, factor, rotated, begin, 3)
             stride = BLOCK
             while stride < size:
                 for quad in range(group, group + size, 4 * stride):
                     for begin in range(quad, quad + stride, WIDTH):
-                        rotate_stride(target, begin, stride)
+                        rotate_stride(rotated, begin, stride)
                 stride *= 4
     if whole < elements:  # fewer groups of 4 or 16 than a block holds
-        rest, block = np.zeros(BLOCK, dtype=groups.dtype), np.empty(BLOCK, dtype=np.float32)
-        rest[: elements - whole] = source[whole:]
+        rest, block = np.empty(BLOCK, dtype=groups.dtype), np.empty(BLOCK, dtype=np.float32)
+        for place in range(BLOCK):
+            element = min(whole + place, elements - 1)
+            rest[place] = groups[element // size, element % size]
         if size == 4:
             rotate_block(rest, 0, factor, block, 0, 1)
         else:
             rotate_block(rest, 0, factor, block, 0, 2)
-        target[whole:] = block[: elements - whole]
+        for place in range(whole, elements):
+            rotated[place // size, place % size] = block[place - whole]
     return np.float32(0)
