@@ -226,10 +226,13 @@ class Recipe:
             with opened(self.calibration) as file:
                 while chunk := file.read(1 << 24):
                     hasher.update(chunk)
+                ended = file.tell() < os.fstat(file.fileno()).st_size
         except OSError as error:
             raise CalibrationError(
                 f"{printable(str(self.calibration), 300)}: the calibration file cannot be read ({error.strerror})."
             ) from error
+        if ended:
+            raise CalibrationError(f"{printable(str(self.calibration), 300)}: the calibration file changed while it was read.")
         return hasher.hexdigest()
 
 

@@ -70,7 +70,7 @@ def survive(ordeal: Ordeal, name: str, at: int) -> bool:
     result = ordeal.run(folder, *ordeal.begin(folder), orders=fault.orders(at))
     trail = f"{ordeal.name}: {name} at call {at} ({result.kind} in the {result.folder}, {result.path})\n{result.err}"
     ordeal.check_names(folder, trail)
-    excused = fault.survived or (_courtesy(folder, result) and not (fault.sticky and result.exit))
+    excused = fault.survived or (_courtesy(ordeal, folder, result) and not (fault.sticky and result.exit))
     if result.struck and not excused:
         _check_told(fault, result, trail)
         resumed = _go_on(ordeal, folder, result)
@@ -83,9 +83,10 @@ def survive(ordeal: Ordeal, name: str, at: int) -> bool:
     return result.struck > 0
 
 
-def _courtesy(folder: Path, result: Result) -> bool:
+def _courtesy(ordeal: Ordeal, folder: Path, result: Result) -> bool:
     """Calls whose failure is of no consequence: what was read is read; and Python's own looks at what it opens."""
     read = result.folder == "source" or result.path == str(folder)
+    read |= ordeal.scenario.begun and result.path.endswith(".journal") and result.exit == 0  # a resume reads it first
     return result.kind == "fadvise" or (result.kind == "close" and read) or (result.kind in LOOKS and result.exit == 0)
 
 
