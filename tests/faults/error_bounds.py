@@ -28,7 +28,7 @@ def violations(exact: np.ndarray, decoded: np.ndarray, tensors: dict[str, np.nda
     bound = {"I8": _int8, "nf4": _book, "fp4": _book}.get(kind, _float8)
     with np.errstate(invalid="ignore", over="ignore"):
         allowed = bound(exact, tensors, kind, facts)
-        slack = ROUNDING * (np.abs(exact) + np.abs(decoded)) + SMALLEST
+        slack = ROUNDING * (np.abs(exact) + allowed) + SMALLEST
         off = np.abs(decoded - exact)
         if facts.get("rotation"):
             group = facts["rotation"]
