@@ -48,6 +48,10 @@ def verify(source: str, output: str, **given: Any) -> None:
         from streamquant.verify import verify as check
         from streamquant.views import checked_layers_view, report_line, show, verdict_view, watching
 
+        if given["report"]:
+            from streamquant.pages import prepare_page
+
+            prepare_page(given["report"])
         with watching(screen) as watcher:
             found = check(
                 source, output, sample=given["sample"], options=options_from(given), watcher=watcher, stop=stop_on_signals()

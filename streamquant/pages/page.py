@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import secrets
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -46,6 +48,19 @@ class PageLayer:
     source_bytes: int
     output_bytes: int
     cause: str | None = None
+
+
+def prepare_page(folder: str | Path) -> None:
+    """Make sure that a page can be written into `folder`, before hours of work. Raises UsageError without matplotlib,
+    DestinationWriteError where nothing can be written.
+    """
+    require_matplotlib()
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, trial = tempfile.mkstemp(dir=folder, prefix=".streamquant-")
+        os.close(descriptor)
+        os.unlink(trial)
 
 
 def write_verdict_page(folder: str | Path, verdict: Verdict) -> Path:
