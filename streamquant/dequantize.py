@@ -143,10 +143,14 @@ def dequantize(
             peak = _pour(plan, file, reader, allow_nonfinite, options.effective_threads, watcher, stop)
             reader.confirm()
         _publish(file, force)
-    except BaseException:
+    except BaseException as failure:
         file.abandon()
         with contextlib.suppress(errors.DestinationWriteError):  # the first failure is the one to be told
             remove(file.partial)
+        if isinstance(failure, errors.InterruptedRunError):
+            raise errors.InterruptedRunError(
+                "Interrupted; nothing is left behind, and the same command starts again from the beginning."
+            ) from None
         raise
     formats: dict[str, int] = {}
     for layer in plan.layers:

@@ -45,6 +45,8 @@ def verify(source: str, output: str, **given: Any) -> None:
     when all is sound, 11 when it is not.
     """
     with reporting(given["as_json"], given["quiet"]) as screen:
+        from rich.text import Text
+
         from streamquant.verify import verify as check
         from streamquant.views import checked_layers_view, report_line, show, verdict_view, watching
 
@@ -60,7 +62,7 @@ def verify(source: str, output: str, **given: Any) -> None:
         if given["as_json"]:
             screen.line("verdict", **(found.as_json() | {"report": page and str(page)}))
         elif not given["quiet"]:
-            show(screen, ([checked_layers_view(found)] if given["layers"] else []) + verdict_view(found))
+            show(screen, ([checked_layers_view(found), Text("")] if given["layers"] else []) + verdict_view(found))
             if page is not None:
                 show(screen, [report_line(page)])
         if not found.sound:

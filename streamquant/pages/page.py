@@ -27,7 +27,7 @@ from streamquant.report import Report
 from streamquant.stored.markers import provenance
 from streamquant.verdict import Verdict
 
-from .pictures import Point, error_against_size, heat_map
+from .pictures import Point, error_against_size, heat_map, require_matplotlib
 from .samples import LayerSample, sample_layers
 
 FILE_NAME = "report.html"

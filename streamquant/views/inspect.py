@@ -141,7 +141,7 @@ def _metadata(metadata: dict[str, str]) -> str:
     return "; ".join(shown) + (f"; and {more} more (--json lists all)" if more > 0 else "")
 
 
-def layers_view(found: Inspection) -> Table | Rows:
+def layers_view(found: Inspection) -> Rows:
     """Every tensor, one row each: quantized layers, then what is as it is."""
     listed = []
     for layer in found.contents.layers.values():

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -131,6 +132,20 @@ def test_verify_writes_a_page_on_request(tmp_path, files):
     (tmp_path / "file").write_text("")
     refused = CliRunner().invoke(cli.main, list(map(str, [*arguments[:-1], tmp_path / "file" / "page"])))
     assert refused.exit_code == errors.DestinationWriteError.exit_code, refused.output
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_conversion(tmp_path, files, monkeypatch):
+    command = ["convert", files / "source.safetensors", "-o", tmp_path / "new.safetensors", "--simple", "--report"]
+    (tmp_path / "file").write_text("")
+    refused = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "file" / "page"])))
+    assert refused.exit_code == errors.DestinationWriteError.exit_code, refused.output
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "matplotlib", None)
+        refused = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert refused.exit_code == errors.UsageError.exit_code and "pip install matplotlib" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing was converted"
+    done = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert done.exit_code == 0 and [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"], done.output
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
