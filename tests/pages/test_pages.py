@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -164,3 +165,34 @@ def test_the_picture_of_errors_has_labels_whatever_they_span(errors_):
     axis = picture[picture.index("axis_2") : picture.index("relative error</text>")]
     labels = re.findall(r">([0-9.e−-]+)</text>", axis)
     assert len(set(labels)) == len(labels) >= 2, labels
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
+def test_choosing_a_layer_in_a_real_browser_draws_its_histograms(files, tmp_path):
+    """Every layer that can be chosen is chosen in turn, by the event that a person's choice makes."""
+    driver = """<script>
+      const layer = document.getElementById("layer"), chosen = [];
+      for (const option of layer.options) {
+        layer.value = option.value;
+        layer.dispatchEvent(new Event("change", { bubbles: true }));
+        const heights = [...document.querySelectorAll("#histograms figure")].map((figure) =>
+          [...figure.querySelectorAll("rect")].map((bar) => Number(bar.getAttribute("height"))));
+        chosen.push([option.textContent, heights]);
+      }
+      const told = document.createElement("pre");
+      told.id = "told";
+      told.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(chosen))));
+      document.body.appendChild(told);
+    </script>"""
+    driven = tmp_path / "driven.html"
+    driven.write_text(page(files) + driver, encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    dumped = subprocess.run([*command, driven.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    chosen = json.loads(base64.b64decode(re.search(r'id="told">([^<]+)<', dumped)[1]))
+    samples = json.loads(re.search(r'id="samples">(.*?)</script>', page(files), re.DOTALL)[1])
+    assert len(chosen) == len(samples) > 2
+    for (_, figures), sample in zip(chosen, samples, strict=True):
+        drawn = [sample["weights"], sample["errors"], *([sample["scales"]] if sample["scales"] else [])]
+        assert len(figures) == len(drawn)
+        for heights, found in zip(figures, drawn, strict=True):
+            assert heights == pytest.approx([120 * count / max(found["counts"]) for count in found["counts"]])
