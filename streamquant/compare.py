@@ -18,6 +18,8 @@ from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
 from streamquant.options import Options
 from streamquant.stored import Contents, Layout, read_contents, tiles
+from streamquant.stored.adapter import refuse_adapter
+from streamquant.stored.contents import refuse_foreign
 from streamquant.stored.difference import Difference
 from streamquant.stored.difference import compare as difference
 from streamquant.stored.parallel import in_order
@@ -105,6 +107,8 @@ def compare(
     options, watcher = options or Options(), watcher or Unwatched()
     contents = [read_contents(part if isinstance(part, Checkpoint) else open_checkpoint(part))
                 for part in (a, b, source) if part is not None]  # fmt: skip
+    for part in contents:
+        refuse_adapter(part.checkpoint)
     keys, unreadable = _common(contents)
     with ExitStack() as stack:
         readers = [stack.enter_context(TileReader(part.checkpoint, options.effective_io)) for part in contents]
@@ -147,6 +151,8 @@ def _common(contents: list[Contents]) -> tuple[list[str], dict[str, str]]:
         key, reason = next(iter(unreadable.items()))
         raise errors.CheckpointError(f"No weight of {where} can be compared: {printable(key)} {reason}.")
     if not keys:
+        for part in contents:
+            refuse_foreign(part)
         raise errors.CheckpointError(
             f"{where} have no quantized weight in common: they are different models, or neither is quantized."
         )

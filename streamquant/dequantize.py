@@ -28,7 +28,8 @@ from streamquant.options import Options
 from streamquant.output_file import PlannedFile, planned_file
 from streamquant.preflight import check_destination, check_disk
 from streamquant.stored import Contents, Layout, StoredLayer, read_contents, tiles
-from streamquant.stored.contents import decodable, is_legacy_marker
+from streamquant.stored.adapter import refuse_adapter
+from streamquant.stored.contents import decodable, is_legacy_marker, refuse_foreign
 from streamquant.stored.parallel import in_order
 from streamquant.verdict import Unwatched, Watcher
 
@@ -88,11 +89,8 @@ def plan_dequantize(contents: Contents, name: str, dtype: str | None = None) -> 
     NothingToConvertError when no layer is quantized.
     """
     where = printable(str(contents.checkpoint.path), 300)
-    if contents.foreign:
-        found = next(iter(contents.foreign.items()))
-        raise errors.CheckpointError(
-            f"{where} holds layers of {found[1]}, such as {printable(found[0])}, which cannot be decoded here: use that tool."
-        )
+    refuse_adapter(contents.checkpoint)
+    refuse_foreign(contents)
     decodable(contents.layers.values())
     if not contents.layers:
         raise errors.NothingToConvertError(f"No layer of {where} is quantized: it is a plain checkpoint already.")
@@ -106,7 +104,10 @@ def plan_dequantize(contents: Contents, name: str, dtype: str | None = None) -> 
             pieces[name_] = Piece(name_, tensor.info.dtype, tensor.info.shape, tensor, None)
     left_out = tuple(key for key in contents.checkpoint.tensors if key not in pieces)
     tensors = ((piece.name, piece.dtype, piece.shape) for piece in pieces.values())
-    file = planned_file(name, tensors, contents.checkpoint, {"dequantized": True})
+    decoded: dict[str, list[str]] = {}
+    for layer in contents.layers.values():
+        decoded.setdefault(layer.format, []).append(layer.key)
+    file = planned_file(name, tensors, contents.checkpoint, {"dequantized": True, "decoded": decoded})
     return DequantizePlan(contents.checkpoint, pieces, (file,), left_out, tuple(contents.layers.values()))
 
 
@@ -142,10 +143,14 @@ def dequantize(
             peak = _pour(plan, file, reader, allow_nonfinite, options.effective_threads, watcher, stop)
             reader.confirm()
         _publish(file, force)
-    except BaseException:
+    except BaseException as failure:
         file.abandon()
         with contextlib.suppress(errors.DestinationWriteError):  # the first failure is the one to be told
             remove(file.partial)
+        if isinstance(failure, errors.InterruptedRunError):
+            raise errors.InterruptedRunError(
+                "Interrupted; nothing is left behind, and the same command starts again from the beginning."
+            ) from None
         raise
     formats: dict[str, int] = {}
     for layer in plan.layers:

@@ -14,11 +14,16 @@ import numpy as np
 from streamquant.checkpoint.reader import TileReader, open_checkpoint
 from streamquant.output_file import PROVENANCE_KEY, QUANTIZATION_KEY
 from streamquant.stored import Contents, StoredLayer, read_contents
+from streamquant.stored.adapter import Adapter, find_adapter
+from streamquant.stored.config import quantization_config
 from streamquant.stored.gguf import GgufSummary, read_gguf
+from streamquant.stored.layouts import Plain
+from streamquant.stored.recognise import FLOATS
 from streamquant.verdict import finite
 
 SCALES_PER_LAYER = 4096  # looked at; a 4-bit layer has millions
 SCALES_PER_FILE = 1 << 20
+ALPHAS = 256  # of an adapter that are read
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One checkpoint. faults: (layer, what is wrong with it as it stands). foreign: tool -> tensors in its layout."""
+    """One checkpoint. faults: (layer, what is wrong with it as it stands). foreign: tool -> tensors in its layout.
+    config: what a config.json beside it says of its quantization. adapter: what it is instead of a checkpoint, with its
+    distinct alphas.
+    """
 
     path: Path
     files: int
@@ -72,11 +80,15 @@ class Inspection:
     hashed: int
     faults: tuple[tuple[str, str], ...]
     contents: Contents
+    config: str = ""
+    adapter: Adapter | None = None
+    alphas: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values, layer by layer."""
         document = {name: value for name, value in vars(self).items() if name != "contents"}
         document |= {"path": str(self.path), "groups": [asdict(group) for group in self.groups]}
+        document["adapter"] = asdict(self.adapter) if self.adapter else None
         document["kept"] = [asdict(kept) for kept in self.kept]
         document["layers"] = [layer_as_json(layer) for layer in self.contents.layers.values()]
         document["plain"] = [
@@ -114,6 +126,8 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
     checkpoint = contents.checkpoint
     kept = _kept(contents)
     groups, bad_scales = _groups(contents)
+    config = quantization_config(checkpoint, contents.layers.values())
+    adapter = find_adapter(checkpoint.tensors)
     provenance = [entry for entry in contents.provenance if entry]
     return Inspection(
         checkpoint.path,
@@ -127,17 +141,32 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
         groups,
         kept,
         dict(Counter(contents.foreign.values())),
-        contents.loaders(),
+        "a model that it was made for, as a change to it" if adapter else contents.loaders(),
         {key: text for key, text in checkpoint.metadata.items() if key not in (PROVENANCE_KEY, QUANTIZATION_KEY)},
         tuple(entry.entry for entry in provenance),
         sum(len(entry.hashes) for entry in provenance),
         (
             *(("", entry.fault) for entry in provenance if entry.fault),
+            *(("", fault) for fault in (config.faults if config else ())),
             *((layer.name, fault) for layer in contents.layers.values() for fault in layer.faults),
             *bad_scales,
         ),
         contents,
+        config.said if config else "",
+        adapter,
+        _alphas(contents, adapter) if adapter else (),
     )
+
+
+def _alphas(contents: Contents, adapter: Adapter) -> tuple[float, ...]:
+    """The distinct alphas of an adapter, ascending, of the first so many."""
+    found = set()
+    with TileReader(contents.checkpoint, "pread") as reader:
+        for name in adapter.alphas[:ALPHAS]:
+            tensor = contents.plain.get(name)
+            if tensor is not None and tensor.info.elements == 1 and tensor.info.dtype in FLOATS:
+                found.add(float(Plain(tensor.info.shape or (1,), tensor).decode(reader.tile, 0, 1).values.flat[0]))
+    return tuple(sorted(found))
 
 
 def _kept(contents: Contents) -> tuple[Kept, ...]:

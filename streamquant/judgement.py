@@ -88,7 +88,7 @@ class Judge:
         return LayerCheck(
             pair.key,
             layer.format if layer else pair.output[0].info.dtype,
-            layer.detail if layer else "decoded",
+            layer.detail if layer else f"decoded from {pair.decoded_from}" if pair.decoded_from else "decoded",
             pair.reference.shape,
             pair.source_bytes,
             pair.output_bytes,
@@ -111,6 +111,8 @@ class Judge:
 
     def _examine(self, pair: Pair, found: PairSum) -> tuple[float | None, float]:
         """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
+        if pair.decoded_from is not None:  # the error is that of a format whose scales are gone
+            return None, found.difference.relative_error
         if isinstance(pair.layout, Plain):
             return DECODED_ERROR, found.difference.relative_error
         absmax = found.difference.absmax if self.complete else None

@@ -15,7 +15,8 @@ class Pair:
     """One tensor of the source and what it became.
 
     kind: "copy" (the bytes must be equal), "cast" (another floating dtype) or "weight" (a quantized layer on either side).
-    reference, layout: how to decode the two; None where they are only compared as bytes.
+    reference, layout: how to decode the two; None where they are only compared as bytes. decoded_from: the format that a
+    plain tensor of the output was decoded from, by its own account.
     """
 
     key: str
@@ -25,6 +26,7 @@ class Pair:
     reference: Layout | None = None
     layout: Layout | None = None
     layer: StoredLayer | None = None
+    decoded_from: str | None = None
 
     @property
     def source_bytes(self) -> int:
@@ -97,9 +99,11 @@ def _pair_tensor(tensor: SourceTensor, source: Contents, output: Contents) -> Pa
     before, after = tensor.info, there.info
     if before.shape != after.shape:
         return _shape_fault(before.shape, after.shape)
+    reference, layout = source.weight(key), output.weight(key)
+    if key in output.decoded and reference is not None and layout is not None:
+        return Pair(key, "weight", (tensor,), (there,), reference, layout, decoded_from=output.decoded[key])
     if before.dtype == after.dtype:
         return Pair(key, "copy", (tensor,), (there,))
-    reference, layout = source.weight(key), output.weight(key)
     if reference is None or layout is None:
         return f"it was {before.dtype} and is {after.dtype}, which is no cast"
     return Pair(key, "cast", (tensor,), (there,), reference, layout)

@@ -20,6 +20,7 @@ from streamquant.output_file import PlannedFile, planned_file
 from streamquant.presets import Preset
 from streamquant.recipe import Recipe, Rules
 from streamquant.stored import Contents, StoredLayer, read_contents
+from streamquant.stored.adapter import refuse_adapter
 from streamquant.stored.contents import is_legacy_marker
 from streamquant.stored.markers import listed_layers
 from streamquant.unit import QUANTIZED, Unit, make_unit, marked_anew, scale_unit
@@ -101,13 +102,14 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     expression finds no candidate, NothingToConvertError when no layer would be quantized.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    refuse_adapter(checkpoint)
     recipe = recipe or Recipe()
     rules = Rules(recipe, list(checkpoint.tensors))
     contents = _stored_contents(checkpoint)
     units, removed = _make_units(checkpoint, contents, rules, unrotated)
     _complain_about_unmatched(rules, checkpoint, removed)
     if all(isinstance(unit.format, Copy) for unit in units):
-        raise errors.NothingToConvertError(_nothing_sentence(checkpoint, units))
+        raise errors.NothingToConvertError(_nothing_sentence(checkpoint, units, contents.foreign if contents else {}))
     _refuse_name_clashes(units)
     groups = _shard_groups(units, shard_size)
     names = _file_names(name, len(groups))
@@ -188,8 +190,14 @@ def _complain_about_unmatched(rules: Rules, checkpoint: Checkpoint, removed: dic
         )
 
 
-def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit]) -> str:
+def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit], foreign: dict[str, str]) -> str:
     where = printable(str(checkpoint.path), 300)
+    if foreign:
+        name, tool = next(iter(foreign.items()))
+        return (
+            f"No layer of {where} would be converted: it was quantized by {tool} (such as {printable(name)}), which cannot be "
+            f"decoded here; convert from the original checkpoint."
+        )
     already = Counter(unit.reason for unit in units if unit.reason and unit.reason.endswith(" already"))
     if already:
         found = ", ".join(f"{count} {'is' if count == 1 else 'are'} {printable(words[3:])}" for words, count in already.items())

@@ -25,6 +25,8 @@ from streamquant.options import Options
 from streamquant.pairing import Pair, Pairing, pair_up
 from streamquant.prefetch import Prefetcher
 from streamquant.stored import Contents, read_contents, tiles
+from streamquant.stored.adapter import refuse_adapter
+from streamquant.stored.contents import refuse_foreign
 from streamquant.stored.diagnosis import LOOSE
 from streamquant.stored.difference import compare
 from streamquant.stored.parallel import in_order, together
@@ -57,6 +59,10 @@ def verify(
     started = time.monotonic()
     options, watcher = options or Options(), watcher or Unwatched()
     before, after = (read_contents(_opened(path)) for path in (source, output))
+    for contents in (before, after):
+        refuse_adapter(contents.checkpoint)
+    refuse_foreign(after, before.checkpoint.tensors)  # a copy of them is compared byte for byte
+    refuse_foreign(before, after.checkpoint.tensors)
     pairing = pair_up(before, after)
     with (
         TileReader(before.checkpoint, options.effective_io) as reader,
@@ -265,7 +271,7 @@ class _Check:
             self.before.checkpoint.size,
             self.after.checkpoint.size,
             seconds,
-            tuple(_notes(self.before, self.after, self.hashes)),
+            (*_notes(self.before, self.after, self.hashes), *_decoded_note(layers, self.pairing)),
         )
 
 
@@ -276,8 +282,23 @@ def _notes(before: Contents, after: Contents, hashes: dict[str, str]) -> Iterato
     if not hashes:
         yield "The output carries no manifest of hashes: another tool wrote it, and only its weights can be compared."
     recorded = {part.get("header_sha256") for entry in after.provenance if entry for part in entry.source}
-    if recorded and not recorded & {file.header.sha256 for file in before.checkpoint.files}:
+    if not after.decoded and recorded and not recorded & {file.header.sha256 for file in before.checkpoint.files}:
         yield "The output says that it was made from another file than this source (their headers differ)."
+
+
+def _decoded_note(layers: list[LayerCheck], pairing: Pairing) -> Iterator[str]:
+    """What is said of an output that was decoded back, and is compared with what its quantized form was made from."""
+    formats = {pair.key: pair.decoded_from for pair in pairing.pairs if pair.decoded_from is not None}
+    found = [layer.relative_error for layer in layers if layer.key in formats]
+    if not found:
+        return
+    names = ", ".join(printable(name, 40) for name in dict.fromkeys(formats.values()))
+    mean = math.fsum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
+    holds = "holds no quantized layer" if not any(pair.layer for pair in pairing.pairs) else "holds decoded layers"
+    yield (
+        f"The output {holds}: {len(found):,} of its weights were decoded from {names}, and are compared as weights. They are "
+        f"within {mean:.2%} of the source on average, {max(found):.2%} at worst."
+    )
 
 
 def _bytes_of(pair: Pair, ranges: list[tuple[int, int]]) -> int:

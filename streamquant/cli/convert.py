@@ -186,6 +186,10 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
     if given["dry_run"]:
         screen.show_plan(*dry_run(source, output, recipe, options), output)
         return
+    if given["report"]:
+        from streamquant.pages import prepare_page
+
+        prepare_page(given["report"])  # a missing library or a folder that cannot be written is told now, not after hours
     with screen.watching() as observer:
         report = convert(source, output, recipe, options=options, observer=observer, stop=stop_on_signals())
     screen.show_report(report)

@@ -26,7 +26,8 @@ def dequantize(source: str, output: str | None, **given: Any) -> None:
     """Write SOURCE as a plain checkpoint.
 
     Decodes every quantized layer (FP8, INT8, NVFP4, MXFP8, NF4, FP4; of this program, convert-to-quant, ComfyUI or
-    bitsandbytes), copies the rest, and writes one .safetensors file.
+    bitsandbytes), copies the rest, and writes one .safetensors file. When
+    interrupted it leaves nothing behind, and starts again from the beginning.
     """
     with reporting(given["as_json"], given["quiet"]) as screen:
         from streamquant.dequantize import dequantize as run

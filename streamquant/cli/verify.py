@@ -45,9 +45,15 @@ def verify(source: str, output: str, **given: Any) -> None:
     when all is sound, 11 when it is not.
     """
     with reporting(given["as_json"], given["quiet"]) as screen:
+        from rich.text import Text
+
         from streamquant.verify import verify as check
         from streamquant.views import checked_layers_view, report_line, show, verdict_view, watching
 
+        if given["report"]:
+            from streamquant.pages import prepare_page
+
+            prepare_page(given["report"])
         with watching(screen) as watcher:
             found = check(
                 source, output, sample=given["sample"], options=options_from(given), watcher=watcher, stop=stop_on_signals()
@@ -56,7 +62,7 @@ def verify(source: str, output: str, **given: Any) -> None:
         if given["as_json"]:
             screen.line("verdict", **(found.as_json() | {"report": page and str(page)}))
         elif not given["quiet"]:
-            show(screen, ([checked_layers_view(found)] if given["layers"] else []) + verdict_view(found))
+            show(screen, ([checked_layers_view(found), Text("")] if given["layers"] else []) + verdict_view(found))
             if page is not None:
                 show(screen, [report_line(page)])
         if not found.sound:

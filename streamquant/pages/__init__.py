@@ -3,6 +3,6 @@
 Drawing needs matplotlib (`pip install matplotlib`); nothing else here does, and the page itself needs no network.
 """
 
-from .page import PageLayer, write_conversion_page, write_verdict_page
+from .page import PageLayer, prepare_page, write_conversion_page, write_verdict_page
 
-__all__ = ["PageLayer", "write_conversion_page", "write_verdict_page"]
+__all__ = ["PageLayer", "prepare_page", "write_conversion_page", "write_verdict_page"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import secrets
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -25,7 +27,7 @@ from streamquant.report import Report
 from streamquant.stored.markers import provenance
 from streamquant.verdict import Verdict
 
-from .pictures import Point, error_against_size, heat_map
+from .pictures import Point, error_against_size, heat_map, require_matplotlib
 from .samples import LayerSample, sample_layers
 
 FILE_NAME = "report.html"
@@ -46,6 +48,19 @@ class PageLayer:
     source_bytes: int
     output_bytes: int
     cause: str | None = None
+
+
+def prepare_page(folder: str | Path) -> None:
+    """Make sure that a page can be written into `folder`, before hours of work. Raises UsageError without matplotlib,
+    DestinationWriteError where nothing can be written.
+    """
+    require_matplotlib()
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, trial = tempfile.mkstemp(dir=folder, prefix=".streamquant-")
+        os.close(descriptor)
+        os.unlink(trial)
 
 
 def write_verdict_page(folder: str | Path, verdict: Verdict) -> Path:

@@ -34,6 +34,11 @@ class Point:
     output_bytes: int
 
 
+def require_matplotlib() -> None:
+    """Raise UsageError where matplotlib is missing."""
+    _matplotlib()
+
+
 def _matplotlib() -> Any:
     try:
         import matplotlib

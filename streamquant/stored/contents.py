@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from streamquant import errors, presets
+from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
 
 from . import recognise
@@ -92,6 +93,14 @@ class Contents:
     def provenance(self) -> tuple[Provenance | None, ...]:
         """Of each file, None where it has none."""
         return tuple(provenance(file.header, str(file.path)) for file in self.checkpoint.files)
+
+    @cached_property
+    def decoded(self) -> dict[str, str]:
+        """Plain tensors that `dequantize` decoded, by the format that they had, as their files say."""
+        found: dict[str, str] = {}
+        for entry in filter(None, self.provenance):
+            found |= entry.decoded
+        return {name: format for name, format in found.items() if name in self.plain}
 
     def weight(self, key: str) -> Layout | None:
         """The layout of the floating weight under a source key, quantized or plain; None when there is none."""
@@ -204,3 +213,13 @@ def decodable(layers: Iterable[StoredLayer]) -> None:
     for layer in layers:
         if layer.layout is None:
             raise errors.CheckpointError(recognise.undecodable_sentence(layer.name, layer.format, layer.faults))
+
+
+def refuse_foreign(contents: Contents, known: Container[str] = ()) -> None:
+    """Raise CheckpointError when a checkpoint holds layers of another tool, but for those in `known`."""
+    for name, tool in contents.foreign.items():
+        if name not in known:
+            raise errors.CheckpointError(
+                f"{printable(str(contents.checkpoint.path), 300)} holds layers of {tool}, such as {printable(name)}, which "
+                f"cannot be decoded here: use that tool."
+            )

@@ -11,6 +11,7 @@ ENDINGS = {
     "weight_packed": "compressed-tensors",
     "_data": "optimum-quanto",
     "_weight_qdata": "torchao",
+    "_weight_int_data": "torchao",
     "weight_s_rel": "ComfyUI's asym_w4a8_int8",
     "weight_zeros": "ComfyUI's awq_w4a16",
 }
@@ -20,6 +21,7 @@ def foreign_layers(names: Iterable[str], metadata: dict[str, str]) -> dict[str, 
     """Tensor name -> the tool in whose layout it is."""
     found = {}
     for name in names:
+        # optimum-quanto's 4-bit codes lie one level deeper: a.weight._data._data
         ending = name.rsplit(".", 1)[-1].rsplit(":", 1)[-1]
         if ending in ENDINGS:
             found[name] = ENDINGS[ending]

@@ -55,6 +55,20 @@ class Provenance:
     entry: dict[str, Any]
     fault: str | None = None
 
+    @property
+    def decoded(self) -> dict[str, str]:
+        """Tensor name -> the format that it was decoded from, in a file that `dequantize` wrote."""
+        listed = self.entry.get("decoded")
+        if not isinstance(listed, dict):
+            return {}
+        return {
+            name: str(format)
+            for format, names in listed.items()
+            if isinstance(names, list)
+            for name in names
+            if isinstance(name, str)
+        }
+
 
 def provenance(header: Header, where: str) -> Provenance | None:
     """The `streamquant` entry of a header, or None when there is none."""

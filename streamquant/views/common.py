@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,46 +24,56 @@ from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
 from streamquant.verdict import Unwatched, Watcher
 
-MOST_ROWS = 2000  # of a table that a terminal lays out
 WIDEST = 10_000  # columns
 LISTED = 12  # findings shown before the rest is counted
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A table too long for a terminal's own layout: every row is one line, as wide as it needs to be."""
+    """A table that may be long and has a long name in its first column: every row is one line, as wide as it needs to be; on
+    a terminal that is too narrow for it the name has a line of its own. bad: numbers of the rows that are to stand out.
+    """
 
     headings: tuple[str, ...]
     right: tuple[str, ...]
     rows: list[list[str]]
+    bad: set[int] | frozenset[int] = frozenset()
 
-    def lines(self) -> Iterator[str]:
-        """Padded columns, two spaces between them."""
+    def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
+        """(line, style): padded columns, two spaces between them. width: of the terminal."""
         widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
         pads = ["rjust" if heading in self.right else "ljust" for heading in self.headings]
-        for row in (self.headings, *self.rows):
-            yield "  ".join(getattr(cell, pad)(width) for cell, pad, width in zip(row, pads, widths, strict=True)).rstrip()
+        is_stacked = width is not None and sum(widths) + 2 * (len(widths) - 1) > width
+        for number, row in enumerate((self.headings, *self.rows), start=-1):
+            style = "bold" if number < 0 else "red" if number in self.bad else ""
+            cells = [getattr(cell, pad)(room) for cell, pad, room in zip(row, pads, widths, strict=True)]
+            if is_stacked:
+                yield cells[0].rstrip(), style
+                cells[0] = ""
+            yield "  ".join(cells).rstrip(), style
 
 
 def rows(
-    headings: tuple[str, ...], right: tuple[str, ...], found: list[list[str]], bad: set[int] | frozenset = frozenset()
-) -> Table | Rows:
-    """Rows of words as a table; as bare lines when there are thousands. bad: numbers of the rows that are to stand out."""
-    if len(found) > MOST_ROWS:
-        return Rows(headings, right, found)
-    made = table(*headings, right=right)
-    for number, row in enumerate(found):
-        made.add_row(*map(Text, row), style="red" if number in bad else None)
-    return made
+    headings: tuple[str, ...], right: tuple[str, ...], found: list[list[str]], bad: set[int] | frozenset[int] = frozenset()
+) -> Rows:
+    """Rows of words as a table."""
+    return Rows(headings, right, found, bad)
 
 
 def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
-    """Print to standard output. Lines are never cut, so that a path can be copied whole; on a terminal tables fit its width,
-    elsewhere they are as wide as they need to be, so that a name can be searched for.
+    """Print to standard output. On a terminal tables fit its width and sentences break between words, but a line with a path
+    is never cut, so that it can be copied whole; elsewhere all is as wide as it needs to be, so that a name can be searched
+    for.
     """
     for part in parts:
         if isinstance(part, Rows):
-            screen.out.file.writelines(f"{line}\n" for line in part.lines())
+            for line, style in part.lines(screen.out.width if screen.out.is_terminal else None):
+                if style and screen.out.is_terminal:
+                    screen.out.print(Text(line, style=style), soft_wrap=True)
+                else:
+                    screen.out.file.write(f"{line}\n")
+        elif isinstance(part, Text) and screen.out.is_terminal and os.sep not in part.plain:
+            screen.out.print(part, overflow="ignore", crop=False, soft_wrap=False)
         elif isinstance(part, Text) or isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
         elif isinstance(part, Table) and not screen.out.is_terminal:

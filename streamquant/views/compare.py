@@ -7,20 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
 from streamquant.checkpoint.header import printable
 from streamquant.compare import Compared, Comparison, Side
 from streamquant.folding import fold_all, spell
 
-from .common import count, name_of, path_of, ratio, sentences, table
+from .common import Rows, count, name_of, path_of, ratio, rows, sentences
 
 
-def comparison_view(found: Comparison, every_layer: bool = False) -> list[Table | Text]:
+def comparison_view(found: Comparison, every_layer: bool = False) -> list[Rows | Text]:
     """Both files, then layer by layer (blocks folded, unless `every_layer`), then who is better for how many bytes."""
     formats_a, formats_b = _formats([layer.a for layer in found.layers]), _formats([layer.b for layer in found.layers])
-    parts: list[Table | Text] = [_file("A", found.a, found.bytes_a, formats_a), _file("B", found.b, found.bytes_b, formats_b)]
+    parts: list[Rows | Text] = [_file("A", found.a, found.bytes_a, formats_a), _file("B", found.b, found.bytes_b, formats_b)]
     if found.source is not None:
         parts.append(Text.assemble(("source  ", "bold"), path_of(found.source)))
     parts += [Text(""), *_tables(found, every_layer)]
@@ -42,7 +41,7 @@ def _formats(sides: list[Side]) -> list[str]:
     return list(dict.fromkeys(f"{side.format}" for side in sides))
 
 
-def _tables(found: Comparison, every_layer: bool) -> Iterator[Table | Text]:
+def _tables(found: Comparison, every_layer: bool) -> Iterator[Rows | Text]:
     """A table for each pair of formats, headed by the pair where there are several."""
     pairs: dict[tuple[str, str], list[Compared]] = {}
     for layer in found.layers:
@@ -54,23 +53,23 @@ def _tables(found: Comparison, every_layer: bool) -> Iterator[Table | Text]:
         yield _layers(layers, every_layer, found.source is not None)
 
 
-def _layers(layers: list[Compared], every_layer: bool, with_source: bool) -> Table:
+def _layers(layers: list[Compared], every_layer: bool, with_source: bool) -> Rows:
     """Errors against the source where there is one, else the difference of the two."""
     numbers = ("size A", "size B", *(("error A", "error B") if with_source else ("difference",)))
-    made = table("weight", *numbers, *(("better",) if with_source else ()), right=numbers)
+    listed = []
     by_key = {layer.key: layer for layer in layers}
     for keys in [[key] for key in by_key] if every_layer else fold_all(by_key):
         members = [by_key[key] for key in keys]
         name = spell(keys).removesuffix(".weight")
-        row = [name_of(f"{len(keys)} x {name}" if len(keys) > 1 else name)]
+        row = [printable(f"{len(keys)} x {name}" if len(keys) > 1 else name)]
         row += [decimal(sum(_side(layer, side).nbytes for layer in members)) for side in "AB"]
         if with_source:
             row += [ratio(_mean([_side(layer, side).relative_error for layer in members])) for side in "AB"]
             row.append(_better(members))
         else:
             row.append(ratio(_mean([layer.difference for layer in members])))
-        made.add_row(*row)
-    return made
+        listed.append(row)
+    return rows(("weight", *numbers, *(("better",) if with_source else ())), numbers, listed)
 
 
 def _side(layer: Compared, side: str) -> Side:

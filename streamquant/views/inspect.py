@@ -28,6 +28,8 @@ def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
     if any(group.sampled for group in found.groups):
         parts.append(Text(f"≈ from the first {SCALES_PER_LAYER:,} scales of each layer at the most", style="dim"))
     parts.append(Text.assemble("\n", ("loads in  ", "bold"), found.loaders))
+    if found.config:
+        parts.append(_line("config", f"{found.config} (config.json)"))
     parts += [_line("made by", text) for text in _provenance(found)]
     if found.hashed:
         parts.append(_line("hashes", f"{count(found.hashed, 'tensor')}: streamquant verify checks them"))
@@ -47,6 +49,12 @@ def _heading(found: Inspection) -> list[Text]:
     prefix = f", prefix {printable(found.prefix)}" if found.prefix else ""
     # A preset whose name starts with an underscore stands for no architecture.
     preset = "" if found.preset.startswith("_") else f" (preset {found.preset})"
+    if found.adapter is not None:
+        what = [f"a {found.adapter.kind} of {count(found.adapter.layers, 'layer')}", found.adapter.rank_in_words]
+        what.append(f"alpha {' to '.join(f'{alpha:g}' for alpha in dict.fromkeys((found.alphas[0], found.alphas[-1])))}"
+                    if found.alphas else "")  # fmt: skip
+        words = f"{', '.join(filter(None, what))}: not a checkpoint to convert\n"
+        return [Text(path_of(found.path), style="green"), Text(size), Text(words)]
     architecture = "architecture not recognised" if found.preset.startswith("_") else found.architecture
     return [Text(path_of(found.path), style="green"), Text(size), Text(f"{architecture}{preset}{prefix}\n")]
 
@@ -133,7 +141,7 @@ def _metadata(metadata: dict[str, str]) -> str:
     return "; ".join(shown) + (f"; and {more} more (--json lists all)" if more > 0 else "")
 
 
-def layers_view(found: Inspection) -> Table | Rows:
+def layers_view(found: Inspection) -> Rows:
     """Every tensor, one row each: quantized layers, then what is as it is."""
     listed = []
     for layer in found.contents.layers.values():

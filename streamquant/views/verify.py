@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 
 from rich.filesize import decimal
-from rich.table import Table
 from rich.text import Text
 
 from streamquant.checkpoint.header import printable, printable_lines
 from streamquant.verdict import LayerCheck, Verdict
 
-from .common import Rows, count, decibels, path_of, ratio, rows, sentences, table
+from .common import Rows, count, decibels, path_of, ratio, rows, sentences
 
 
-def verdict_view(found: Verdict) -> list[Table | Text]:
+def verdict_view(found: Verdict) -> list[Rows | Text]:
     """A table by format, what is wrong, and the verdict."""
-    parts: list[Table | Text] = [Text(printable_lines(note)) for note in found.notes]
+    parts: list[Rows | Text] = [Text(printable_lines(note)) for note in found.notes]
     if found.layers:
         parts.append(_formats(found))
     if found.removed:
@@ -38,16 +37,14 @@ def verdict_view(found: Verdict) -> list[Table | Text]:
     return parts
 
 
-def _formats(found: Verdict) -> Table:
+def _formats(found: Verdict) -> Rows:
     """Per format and scaling: the mean and worst relative error, the worst of the rest, the mean share of saturated codes."""
     numbers = ("layers", "error", "worst", "dB", "cosine", "largest", "saturated")
-    made = table("format", *numbers, right=numbers)
     grouped: dict[tuple[str, str], list[LayerCheck]] = {}
     for layer in found.layers:
         grouped.setdefault((layer.format, layer.detail), []).append(layer)
-    for (name, detail), layers in grouped.items():
-        made.add_row(Text(f"{printable(name, 40)}, {detail}"), *_numbers(layers))
-    return made
+    listed = [[f"{printable(name, 40)}, {printable(detail)}", *_numbers(layers)] for (name, detail), layers in grouped.items()]
+    return rows(("format", *numbers), numbers, listed)
 
 
 def _numbers(layers: list[LayerCheck]) -> list[str]:
@@ -75,10 +72,10 @@ def _done(found: Verdict) -> str:
         words.append(f"{found.hashed[0]:,} of {found.hashes_known:,} hashes agree")
     looked = found.source_bytes * min(found.sampled, 1.0)
     speed = decimal(int(looked / max(found.seconds, 1e-9)))
-    return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed}/s"
+    return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed} a second"
 
 
-def checked_layers_view(found: Verdict) -> Table | Rows:
+def checked_layers_view(found: Verdict) -> Rows:
     """Every layer, the worst first."""
     numbers = ("error", "nearest", "dB", "cosine", "largest", "saturated")
     layers = sorted(found.layers, key=lambda layer: -layer.relative_error)

@@ -159,3 +159,40 @@ def test_provenance_says_what_it_is(tmp_path):
     entry = json.loads(metadata_of(tmp_path / "out.safetensors")["streamquant"])
     assert entry["dequantized"] is True and entry["source"][0]["name"] == "quantized.safetensors"
     assert len(entry["tensor_xxh3_64"]) == 16
+
+
+@pytest.mark.parametrize("dtype", [None, "F32", "F16"])
+@pytest.mark.parametrize("name", ["nf4", "fp8"])
+def test_verified_against_the_original_it_is_compared_as_weights(tmp_path, name, dtype):
+    tensors = {f"blocks.{block}.linear.weight": floats(128, 128, seed=block) for block in range(3)} | {"norm.weight": floats(64)}
+    source = save(tmp_path / "source.safetensors", tensors)
+    quantized, plain = tmp_path / "quantized.safetensors", tmp_path / "plain.safetensors"
+    streamquant.convert(source, quantized, Recipe(FormatChoice(name)))
+    dequantize(quantized, plain, dtype=dtype)
+    found, direct = verify(source, plain), verify(source, quantized)
+    assert found.sound, found.findings
+    for ours, theirs in zip(found.layers, direct.layers, strict=True):
+        assert ours.relative_error == pytest.approx(theirs.relative_error, rel=0.01)
+        assert ours.detail == f"decoded from {theirs.format}"
+    assert "holds no quantized layer: 3 of its weights were decoded from" in found.notes[-1]
+
+
+def test_damage_to_a_decoded_file_or_to_its_copies_stays_a_fault(tmp_path):
+    tensors = {"a.weight": floats(128, 128, seed=1), "b.weight": floats(128, 128, seed=2), "norm.weight": floats(64)}
+    source = save(tmp_path / "source.safetensors", tensors)
+    quantized, plain = tmp_path / "quantized.safetensors", tmp_path / "plain.safetensors"
+    streamquant.convert(source, quantized, Recipe(FormatChoice("fp8")))
+    dequantize(quantized, plain)
+    stored, said = load(plain), metadata_of(plain)
+    wrong = save(tmp_path / "wrong.safetensors", stored | {"a.weight": stored["b.weight"]}, said)
+    assert {finding.kind for finding in verify(source, wrong).findings} == {"hash", "layer"}
+    copies = save(tmp_path / "copies.safetensors", stored | {"norm.weight": floats(64, seed=9)}, said)
+    assert {(finding.kind, finding.tensor) for finding in verify(source, copies).findings} == {
+        ("hash", "norm.weight"), ("bytes", "norm.weight"),
+    }  # fmt: skip
+    unsaid = save(tmp_path / "unsaid.safetensors", stored)
+    assert {finding.kind for finding in verify(source, unsaid).findings} == {"bytes"}
+    entry = json.loads(said["streamquant"])
+    for decoded in (None, 3, {"fp8": 3}, {"fp8": [3]}, {"fp8": ["norm"]}):
+        odd = save(tmp_path / "odd.safetensors", stored, {"streamquant": json.dumps(entry | {"decoded": decoded})})
+        assert not verify(source, odd).sound

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +14,18 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from others_layers import EVERY_LAYOUT, bnb4, float8, weight
+from rich.console import Console
+from rich.text import Text
 from safetensors.torch import load_file
-from small_checkpoints import Tensor, floats, load, metadata_of, save
+from small_checkpoints import Tensor, floats, load, metadata_of, save, save_shards
 
 import streamquant
 from streamquant import FormatChoice, Recipe, cli
+from streamquant.console import Screen
 from streamquant.doctor import Check, examine, sound
+from streamquant.inspect import inspect
+from streamquant.verify import verify
+from streamquant.views import checked_layers_view, layers_view, show, verdict_view
 
 WIDE = {"COLUMNS": "160"}
 
@@ -206,3 +216,49 @@ def test_doctor_tells_what_is_missing(monkeypatch):
     assert (states["torch"], states["numba"], states["numpy"]) == ("problem", "missing", "ok")
     assert run("doctor").exit_code == 1
     assert sound([Check("a", "missing", "")]) and not sound([Check("a", "problem", "")])
+
+
+def test_dequantize_of_shards_to_a_dtype(tmp_path):
+    shards = [bnb4(weight(64, 64), "nf4").named(f"blocks.{shard}") | {f"norm{shard}.weight": floats(64)} for shard in range(2)]
+    index = save_shards(tmp_path / "sharded", *shards)
+    for dtype, expected in (("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16")):
+        shown = run("dequantize", index, "--dtype", dtype)
+        assert shown.exit_code == 0 and "2 layers decoded (2 bnb_nf4), 2 tensors copied" in shown.stdout, shown.output
+        stored = load(tmp_path / "sharded" / f"model-{dtype}.safetensors")
+        assert {stored[f"blocks.{shard}.weight"].dtype for shard in range(2)} == {expected} and len(stored) == 4
+        assert stored["norm0.weight"].dtype == "BF16", "what was not quantized is copied"
+
+
+def test_an_interrupted_dequantize_says_that_it_starts_again(files, tmp_path, monkeypatch):
+    assert "starts again from the beginning" in " ".join(run("dequantize", "--help").stdout.split())
+    stop = threading.Event()
+    stop.set()
+    monkeypatch.setattr(sys.modules["streamquant.cli.dequantize"], "stop_on_signals", lambda: stop)
+    shown = run("dequantize", files / "good.safetensors", "-o", tmp_path / "new.safetensors")
+    assert shown.exit_code == 130 and "starts again from the beginning" in shown.stderr and not list(tmp_path.iterdir())
+
+
+def on_a_terminal(width: int, parts: list) -> str:
+    screen = Screen()
+    screen.out = Console(file=io.StringIO(), force_terminal=True, no_color=True, width=width)
+    show(screen, parts)
+    return re.sub(r"\x1b\[[0-9;]*m", "", screen.out.file.getvalue())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_narrow_terminal_names_are_whole_and_lines_fit(tmp_path, width):
+    names = [f"model.diffusion_model.double_blocks.{block}.img_attn.qkv" for block in range(3)]
+    source = save(tmp_path / "source.safetensors", {f"{name}.weight": floats(128, 256) for name in names})
+    recipe = Recipe(FormatChoice("int8", convrot=True))
+    streamquant.convert(source, tmp_path / "output.safetensors", recipe)
+    verdict = verify(source, tmp_path / "output.safetensors")
+    shown = on_a_terminal(width, [checked_layers_view(verdict), *verdict_view(verdict)[:1]])
+    shown += on_a_terminal(width, [layers_view(inspect(tmp_path / "output.safetensors"))])
+    assert all(len(line) <= width for line in shown.splitlines()), shown
+    assert all(shown.count(name) == 2 for name in names) and "int8_tensorwise, row scales, rotated by 256" in shown
+
+
+def test_sentences_break_between_words_and_paths_do_not():
+    words = " ".join(["extraordinarily"] * 20)
+    shown = on_a_terminal(40, [Text(words), Text("/folder" * 20)])
+    assert shown.split()[:20] == ["extraordinarily"] * 20 and "/folder" * 20 in shown

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -133,6 +135,20 @@ def test_verify_writes_a_page_on_request(tmp_path, files):
     assert refused.exit_code == errors.DestinationWriteError.exit_code, refused.output
 
 
+def test_a_page_that_cannot_be_written_is_told_before_the_conversion(tmp_path, files, monkeypatch):
+    command = ["convert", files / "source.safetensors", "-o", tmp_path / "new.safetensors", "--simple", "--report"]
+    (tmp_path / "file").write_text("")
+    refused = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "file" / "page"])))
+    assert refused.exit_code == errors.DestinationWriteError.exit_code, refused.output
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "matplotlib", None)
+        refused = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert refused.exit_code == errors.UsageError.exit_code and "pip install matplotlib" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing was converted"
+    done = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert done.exit_code == 0 and [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"], done.output
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
 def test_a_real_browser_draws_it(files, tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
@@ -149,3 +165,34 @@ def test_the_picture_of_errors_has_labels_whatever_they_span(errors_):
     axis = picture[picture.index("axis_2") : picture.index("relative error</text>")]
     labels = re.findall(r">([0-9.e−-]+)</text>", axis)
     assert len(set(labels)) == len(labels) >= 2, labels
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
+def test_choosing_a_layer_in_a_real_browser_draws_its_histograms(files, tmp_path):
+    """Every layer that can be chosen is chosen in turn, by the event that a person's choice makes."""
+    driver = """<script>
+      const layer = document.getElementById("layer"), chosen = [];
+      for (const option of layer.options) {
+        layer.value = option.value;
+        layer.dispatchEvent(new Event("change", { bubbles: true }));
+        const heights = [...document.querySelectorAll("#histograms figure")].map((figure) =>
+          [...figure.querySelectorAll("rect")].map((bar) => Number(bar.getAttribute("height"))));
+        chosen.push([option.textContent, heights]);
+      }
+      const told = document.createElement("pre");
+      told.id = "told";
+      told.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(chosen))));
+      document.body.appendChild(told);
+    </script>"""
+    driven = tmp_path / "driven.html"
+    driven.write_text(page(files) + driver, encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    dumped = subprocess.run([*command, driven.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    chosen = json.loads(base64.b64decode(re.search(r'id="told">([^<]+)<', dumped)[1]))
+    samples = json.loads(re.search(r'id="samples">(.*?)</script>', page(files), re.DOTALL)[1])
+    assert len(chosen) == len(samples) > 2
+    for (_, figures), sample in zip(chosen, samples, strict=True):
+        drawn = [sample["weights"], sample["errors"], *([sample["scales"]] if sample["scales"] else [])]
+        assert len(figures) == len(drawn)
+        for heights, found in zip(figures, drawn, strict=True):
+            assert heights == pytest.approx([120 * count / max(found["counts"]) for count in found["counts"]])
