@@ -358,6 +358,11 @@ def show(benchmark: str, last: int) -> None:
 
         Console().print(table(read()[-last:]))
         return
+    if benchmark == "endurance":
+        from benchmarks import endurance
+
+        Console().print(endurance.table(endurance.read()[-last:]))
+        return
     Console().print(results.table(results.read(benchmark)[-last:], benchmark))
 
 

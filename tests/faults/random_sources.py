@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 from small_checkpoints import Tensor, noise, of_values
@@ -16,6 +17,7 @@ from streamquant import FormatChoice, Recipe
 from streamquant.checkpoint.header import DTYPE_BITS
 
 FLOATS = ("BF16", "F16", "F32", "F64")
+FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 OTHERS = tuple(dtype for dtype in DTYPE_BITS if dtype not in FLOATS)
 DIMENSIONS = (1, 2, 3, 5, 7, 13, 16, 31, 32, 48, 64, 65, 96, 127, 128, 130, 256, 300, 512, 0)
 LARGE = ((1024, 96), (96, 1024), (1, 5000), (5000, 1), (512, 256), (257, 263))
@@ -181,7 +183,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
-    """The values of a floating tensor, in float64, flat."""
+    """The values of a floating tensor, or of FP8 codes that have no scale, in float64, flat."""
+    if tensor.dtype in FLOAT8:
+        return np.frombuffer(tensor.data, FLOAT8[tensor.dtype]).astype(np.float64)
     if tensor.dtype == "BF16":
         return (np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return np.frombuffer(tensor.data, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[tensor.dtype]).astype(np.float64)

@@ -15,7 +15,7 @@ import torch
 from error_bounds import violations
 from faults.record import record
 from hypothesis import HealthCheck, event, given, note, settings
-from random_sources import FLOATS, Case, cases, empty, made, numbers
+from random_sources import FLOAT8, FLOATS, Case, cases, empty, made, numbers
 from small_checkpoints import Tensor, load, save
 
 from streamquant import budget, errors
@@ -59,7 +59,7 @@ def outcome(case: Case, folder: Path) -> str:
 
 def _damaged(tensors: dict[str, Tensor]) -> set[str]:
     """What is converted only because it was asked for all the same: verify calls it unsound, and should."""
-    floating = {name: numbers(tensor) for name, tensor in tensors.items() if tensor.dtype in FLOATS}
+    floating = {name: numbers(tensor) for name, tensor in tensors.items() if tensor.dtype in (*FLOATS, *FLOAT8)}
     return {name for name, values in floating.items() if not (np.abs(values) < NEAR_THE_END).all()}
 
 

@@ -7,6 +7,8 @@ import csv
 import pytest
 from faults.record import record
 
+from benchmarks.records import SchemaError
+
 
 def test_rows_are_added_under_one_heading(tmp_path, capsys):
     path = tmp_path / "endurance.csv"
@@ -24,6 +26,6 @@ def test_rows_are_added_under_one_heading(tmp_path, capsys):
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
     path = tmp_path / "endurance.csv"
     path.write_text("time,what\n")
-    with pytest.raises(ValueError, match="other columns"):
+    with pytest.raises(SchemaError, match="other columns"):
         record("calls struck", 1, path=path)
     assert path.read_text() == "time,what\n"

@@ -42,8 +42,8 @@ def marked(path: Path, text: str) -> Path:
 )  # fmt: skip
 def test_markers_that_no_one_would_write(tmp_path, text):
     """Nested 500 deep, one was read, and ended in a RecursionError when it was printed."""
-    with pytest.raises(errors.MetadataError):
-        read_contents(str(marked(tmp_path / "x.safetensors", text)))
+    (layer,) = read_contents(str(marked(tmp_path / "x.safetensors", text))).layers.values()
+    assert layer.layout is None and "is not the JSON object" in layer.faults[0], layer.faults
 
 
 @pytest.mark.parametrize("text", ["[" * 33 + "]" * 33, '{"a":' * 33 + "0" + "}" * 33, "1" * 41, "-" + "1" * 41, b"\xff", '{"a":1,"a":1}', "[" * 10**6])
