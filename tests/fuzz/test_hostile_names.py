@@ -88,7 +88,7 @@ COMMANDS = {
     "inspect": ["inspect", SOURCE, QUANTIZED, OUTPUT], "inspect --layers": ["inspect", "--layers", SOURCE, QUANTIZED],
     "inspect --tree": ["inspect", "--tree", SOURCE, QUANTIZED], "inspect what is missing": ["inspect", f"missing{FILE}"],
     "inspect, long name": ["inspect", "n\x1b" * 400], "verify": ["verify", SOURCE, OUTPUT, "--layers"], "verify wrong": ["verify", SOURCE, QUANTIZED],
-    "compare": ["compare", OUTPUT, QUANTIZED, "--source", SOURCE, "--layers"], "compare folded": ["compare", QUANTIZED, OUTPUT],
+    "compare": ["compare", OUTPUT, SOURCE, "--source", SOURCE, "--layers"], "compare folded": ["compare", QUANTIZED, OUTPUT],
     "dequantize": ["dequantize", OUTPUT, "--force"], "dequantize a foreign one": ["dequantize", QUANTIZED, "-o", "d.safetensors", "--force"],
     "calibration inspect": ["calibration", "inspect", CALIBRATION], "calibration of another": ["calibration", "inspect", SOURCE],
     "calibration merge": ["calibration", "merge", CALIBRATION, CALIBRATION, "-o", f"m{FILE}", "--force"],
