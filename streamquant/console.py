@@ -295,19 +295,6 @@ def _ratio(output: int, source: int) -> str:
     return f"{output / source:.1%}" if source else ""
 
 
-def calibration_table(rows: list[dict[str, Any]]) -> Table:
-    """The layers of a calibration file, as `Calibration.summary` has them."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for heading in ("columns", "inputs", "kept", "in mean", "in sketch", "in top"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        kept = "whole H" if row["kind"] == "hessian" else f"rank {row['rank']}"
-        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("energy_in_mean", "energy_in_sketch", "top_channel")]
-        table.add_row(Text(printable(str(row["layer"]))), f"{row['columns']:,}", f"{row['count']:,}", kept, *shares)
-    return table
-
-
 def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> list[Table | Text]:
     """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -63,6 +63,6 @@ def inspect(file: str, as_json: bool) -> None:
             for row in rows:
                 screen.line("layer", **row)
             return
-        from streamquant.console import calibration_table
+        from streamquant.views.calibration import calibration_table
 
         screen.out.print(calibration_table(rows))

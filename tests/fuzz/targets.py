@@ -24,11 +24,12 @@ from streamquant import FormatChoice, Recipe, calibration, errors, patterns, pla
 from streamquant.checkpoint import header as h
 from streamquant.checkpoint.journal import differences, read_records
 from streamquant.checkpoint.reader import TileReader, open_checkpoint
-from streamquant.console import Screen, calibration_table
+from streamquant.console import Screen
 from streamquant.inspect import inspect
 from streamquant.layer_config import read_layer_config
 from streamquant.stored import read_contents, tiles
 from streamquant.views import inspection_view, layers_view, show, tree_view
+from streamquant.views.calibration import calibration_table
 
 FOLDER = Path(tempfile.mkdtemp())  # in one that `campaign.py` removes: a fuzzer does not get to clean up
 MOST_SHOWN = 40  # tensors of a file that is drawn on a screen, if its size is a multiple of 4: rich is slow
