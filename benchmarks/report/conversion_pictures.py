@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,11 +141,14 @@ def tensor_counts(rows: Sequence[Result], path: Path) -> Path | None:
     if not points:
         return None
     figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, found in points.items():
-        look = style.TOOLS.get(style.tool(name), dict(color="#8a8a8a", marker="h"))
+    # What is compared are the steps of one program, which have no colours of their own.
+    for (name, found), look in zip(points.items(), itertools.cycle(style.TOOLS.values())):
         axis.plot(*zip(*sorted(found), strict=True), markersize=5, linewidth=1.4, label=name, **look)
     axis.set(
         xscale="log", yscale="log", xlabel="tensors in the file", ylabel="seconds", title="Time against the number of tensors"
     )
+    counts = sorted({count for found in points.values() for count, _ in found})
+    axis.set_xticks(counts, [f"{count:,}" for count in counts])
+    axis.set_xticks([], minor=True)
     style.legend_below(figure, axis)
     return style.save(figure, path)
