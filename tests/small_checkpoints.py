@@ -138,3 +138,18 @@ SEARCHED_FORMATS = {
     "nf4-double-searched": Recipe(FormatChoice("nf4", block_size=32, double_quant=True)),
     "int8-row-auto": Recipe(FormatChoice("int8")),
 }
+
+# A choice for each format and mode whose scales are searched and whose codes are learned where inputs are known.
+LEARNED_CHOICES = {
+    "fp8-tensor": FormatChoice("fp8"),
+    "fp8-row": FormatChoice("fp8", "row"),
+    "fp8-block": FormatChoice("fp8", "block", 32),
+    "fp8-block3d": FormatChoice("fp8", "block3d", 32),
+    "int8-tensor": FormatChoice("int8", "tensor"),
+    "int8-row": FormatChoice("int8", convrot=False),
+    "int8-rotated": FormatChoice("int8", convrot=True, convrot_group_size=16),
+    "int8-block": FormatChoice("int8", "block", 32),
+    "nf4": FormatChoice("nf4"),
+    "nf4-double": FormatChoice("nf4", block_size=32, double_quant=True),
+    "fp4": FormatChoice("fp4", block_size=32),
+}

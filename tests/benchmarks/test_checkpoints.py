@@ -58,7 +58,7 @@ def test_seed_decides_every_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_file_reads_back_as_finite_weights(tmp_path: Path, dtype: str) -> None:
-    safetensors_torch = pytest.importorskip("safetensors.torch")
+    safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs safetensors to compare with")
     path = tmp_path / "small.safetensors"
     size = write_checkpoint(path, flux_of_size(10**7, dtype).tensors(dtype), advance=lambda count: None)
     assert path.stat().st_size == size

@@ -129,7 +129,7 @@ def test_whoever_is_faster_is_named() -> None:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """What is drawn, by the name of its file, kept open."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     from matplotlib import pyplot
 
     from benchmarks.report import style
@@ -177,7 +177,7 @@ def test_quality_has_a_mark_for_each_tool_and_format(figures: dict, quality: lis
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert report.pictures(lambda name: [], tmp_path) == []
     assert set(report.parts(lambda name: [])) == set().union(
         *(marks.names((REPOSITORY / name).read_text(encoding="utf-8")) for name in report.DOCUMENTS)

@@ -30,7 +30,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bitsandbytes(here: Path) -> Iterator[rivals.Worker]:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes to be measured")
     with working(LIBRARIES["bitsandbytes"], {"a": WEIGHT, "b": WEIGHT[:64].float()}, here, threads=1) as worker:
         yield worker
 
@@ -79,7 +79,7 @@ def test_every_format_beside_ours_is_one_of_its_library_s() -> None:
 
 
 def test_kernels_and_decoding_run_with_other_libraries_in_turn(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes to be measured")
     monkeypatch.setattr(rivals, "BESIDE", {"fp4": (("bitsandbytes", "fp4"), ("sdnq", "uint4"))})
     monkeypatch.setattr(decode, "devices", lambda: ["cpu"])
     console = Console(file=io.StringIO(), width=200)

@@ -94,7 +94,7 @@ def test_any_shard_stands_for_all(source, headline, chosen, indexed, tmp_path):
 
 def test_a_file_that_bitsandbytes_made(source):
     """Quantized and named by bitsandbytes itself, double quantization included; no marker of ours anywhere."""
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes to compare with")
     tensors = {}
     for number, (key, weight) in enumerate(load_file(source).items()):
         if weight.dim() != 2:

@@ -149,7 +149,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("command", [["verify", SOURCE, OUTPUT], ["verify", SOURCE, QUANTIZED], ["convert", SOURCE, *PLAIN, "-o", f"r{FILE}", "--force"]])
 def test_nothing_hostile_is_on_a_report_page(folder, tmp_path, command):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     done = run(folder, *command, "--report", str(tmp_path / "report"))
     assert done.returncode in (0, 11) and b"Traceback" not in done.stderr, done.stderr
     text = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 from streamquant import errors
 from streamquant.stored.gguf import read_gguf
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="needs the gguf package to make such files")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from small_checkpoints import EVERY_FORMAT, NUMPY, SEARCHED_FORMATS, Tensor, load, of_values, save
+from small_checkpoints import EVERY_FORMAT, LEARNED_CHOICES, NUMPY, SEARCHED_FORMATS, Tensor, load, of_values, save
 
 from streamquant import FormatChoice, Recipe, budget, errors, pour
 from streamquant.calibration import Calibration, LayerStatistics
@@ -34,19 +34,6 @@ else:
 PATH = Path(__file__).with_name("golden.toml")
 GOLDEN = tomllib.loads(PATH.read_text(encoding="utf-8"))
 SHAPES = {"a": (64, 96, "BF16"), "b": (33, 31, "F16"), "c": (32, 256, "F32"), "d": (5, 7, "F64")}
-LEARNED = {
-    "fp8-tensor": FormatChoice("fp8"),
-    "fp8-row": FormatChoice("fp8", "row"),
-    "fp8-block": FormatChoice("fp8", "block", 32),
-    "fp8-block3d": FormatChoice("fp8", "block3d", 32),
-    "int8-tensor": FormatChoice("int8", "tensor"),
-    "int8-row": FormatChoice("int8", convrot=False),
-    "int8-rotated": FormatChoice("int8", convrot=True, convrot_group_size=16),
-    "int8-block": FormatChoice("int8", "block", 32),
-    "nf4": FormatChoice("nf4"),
-    "nf4-double": FormatChoice("nf4", block_size=32, double_quant=True),
-    "fp4": FormatChoice("fp4", block_size=32),
-}
 MIXED = Recipe(
     FormatChoice("nf4", block_size=32, double_quant=True, rounding="rtn"), custom_layers="^c$",
     custom=FormatChoice("fp8", "block", 32, rounding="rtn"), exclude_layers="^b$", cast="F16", comfy_quant=True,
@@ -142,14 +129,14 @@ def nearest() -> dict[str, tuple[Recipe, dict]]:
 def careful(calibration: Path) -> dict[str, Recipe]:
     learned = {
         f"learned-{name}": Recipe(choice, preset=("none",), calibration=calibration, calibration_mode="dense")
-        for name, choice in LEARNED.items()
+        for name, choice in LEARNED_CHOICES.items()
     }
     sketch = {"learned-nf4-low-rank": replace(learned["learned-nf4"], calibration_mode="sketch", calibration_rank=8)}
     svd = {"svd-int8": Recipe(FormatChoice("int8", convrot=False), preset=("none",), objective="svd", sweeps=1)}
     return SEARCHED_FORMATS | learned | sketch | svd
 
 
-NAMES = [*SEARCHED_FORMATS, *(f"learned-{name}" for name in LEARNED), "learned-nf4-low-rank", "svd-int8"]
+NAMES = [*SEARCHED_FORMATS, *(f"learned-{name}" for name in LEARNED_CHOICES), "learned-nf4-low-rank", "svd-int8"]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conversions import Watcher, interrupt
 from safetensors import safe_open
-from small_checkpoints import floats, load, metadata_of, of_values, save
+from small_checkpoints import LEARNED_CHOICES, floats, load, metadata_of, of_values, save
 
 from streamquant import FormatChoice, Recipe, budget, errors, pour
 from streamquant.calibration import Calibration, LayerStatistics
@@ -27,19 +27,6 @@ SHAPES = {
     "blocks.1.qkv": (128, 160),
     "blocks.1.up": (7, 65),
     "blocks.2.qkv": (200, 96),
-}
-KINDS = {
-    "fp8-tensor": FormatChoice("fp8"),
-    "fp8-row": FormatChoice("fp8", "row"),
-    "fp8-block": FormatChoice("fp8", "block", 32),
-    "fp8-block3d": FormatChoice("fp8", "block3d", 32),
-    "int8-tensor": FormatChoice("int8", "tensor"),
-    "int8-row": FormatChoice("int8", convrot=False),
-    "int8-rotated": FormatChoice("int8", convrot=True, convrot_group_size=16),
-    "int8-block": FormatChoice("int8", "block", 32),
-    "nf4": FormatChoice("nf4"),
-    "nf4-double": FormatChoice("nf4", block_size=32, double_quant=True),
-    "fp4": FormatChoice("fp4", block_size=32),
 }
 
 
@@ -81,7 +68,7 @@ def calibration(mode, tmp_path_factory) -> Path:
 
 
 def recipe(kind: str, calibration: Path | None, **fields) -> Recipe:
-    return Recipe(KINDS[kind], preset=("none",), calibration=calibration, **fields)
+    return Recipe(LEARNED_CHOICES[kind], preset=("none",), calibration=calibration, **fields)
 
 
 def decoded(path: Path, layer: LayerResult) -> torch.Tensor:
@@ -103,9 +90,9 @@ def output_errors(source: Path, path: Path, report: Report) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LEARNED_CHOICES)
 def test_output_error_falls_on_every_layer_that_was_calibrated(source, calibration, mode, tmp_path, kind):
-    rtn = Recipe(FormatChoice(**{**vars_of(KINDS[kind]), "rounding": "rtn"}), preset=("none",))
+    rtn = Recipe(FormatChoice(**{**vars_of(LEARNED_CHOICES[kind]), "rounding": "rtn"}), preset=("none",))
     plain = convert(source, tmp_path / "plain.safetensors", rtn)
     learned = convert(source, tmp_path / "learned.safetensors", recipe(kind, calibration, calibration_mode=mode))
     before = output_errors(source, tmp_path / "plain.safetensors", plain)
@@ -293,7 +280,7 @@ def test_rows_are_rotated_where_that_lowers_the_error(tmp_path):
 
 
 def test_comfy_kitchen_decodes_rotated_rows_as_we_do(tmp_path):
-    layouts = pytest.importorskip("comfy_kitchen.tensor")
+    layouts = pytest.importorskip("comfy_kitchen.tensor", reason="needs comfy-kitchen to compare with")
     source = save(tmp_path / "m.safetensors", {"a.weight": floats(48, 512, seed=3)})
     recipe = Recipe(FormatChoice("int8", convrot=True), preset=("none",))
     report = convert(source, tmp_path / "o.safetensors", recipe)
