@@ -4,3 +4,7 @@ Each loop is written so that LLVM vectorises it: int32 arithmetic spelled out (n
 contiguous slices indexed from zero (no wrap-around test), one loop body without calls. Codes and scales are
 bit-identical to the references; the error sums, which are only reported, may differ in the last digits.
 """
+
+from .stale import forget_stale
+
+forget_stale()
