@@ -39,11 +39,13 @@ def measure(command: Sequence[str], log: Path, output: Path | None = None) -> Me
     shell.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever installs a program keeps its bytecode: compiling every module at each start would be measured else.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as printed:
         began = time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, env=environment, start_new_session=True
             )
         except OSError as error:
             printed.write(f"{error}\n".encode())
