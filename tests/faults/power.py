@@ -48,7 +48,8 @@ def read_log(path: Path) -> list[Change]:
 
 @dataclass
 class Disk:
-    """A folder as a disk has it. files: inode -> content; names: -> inode."""
+    """A folder as a disk has it. files: number -> content; names: -> number. A file's number is its inode, or that of the
+    record that made it, less than 0: inodes are given out again."""
 
     files: dict[int, bytearray] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
@@ -64,17 +65,18 @@ class Disk:
     def put(self, folder: Path) -> None:
         """Make the folder hold this."""
         made: dict[int, Path] = {}
-        for name, inode in self.names.items():
-            if inode in made:
-                (folder / name).hardlink_to(made[inode])
+        for name, number in self.names.items():
+            if number in made:
+                (folder / name).hardlink_to(made[number])
             else:
-                (folder / name).write_bytes(self.files[inode])
-                made[inode] = folder / name
+                (folder / name).write_bytes(self.files[number])
+                made[number] = folder / name
 
 
 def cut(before: Disk, log: list[Change], at: int, dice: random.Random) -> Disk:
     """What the disk may hold when power fails after the first `at` records of the log."""
-    disk = Disk({inode: bytearray(content) for inode, content in before.files.items()}, dict(before.names))
+    disk = Disk({number: bytearray(content) for number, content in before.files.items()}, dict(before.names))
+    files = _files_of(log[:at])
     synced: dict[int, int] = {}
     names_synced = 0
     for number, change in enumerate(log[:at]):
@@ -82,25 +84,36 @@ def cut(before: Disk, log: list[Change], at: int, dice: random.Random) -> Disk:
             if change.is_folder:
                 names_synced = number
             else:
-                synced[change.inode] = number
+                synced[files[number]] = number
     # How much of it reached the disk by itself: nothing, everything, or by chance; the same for all, or page by page.
     chance = dice.choice([0.0, 0.1, 0.5, 0.9, 1.0])
     lost_from = dice.randint(names_synced, at)
     for number, change in enumerate(log[:at]):
         if change.kind in ("create", "rename", "link", "unlink"):
             if number < lost_from:
-                _rename(disk, change)
+                _rename(disk, change, files[number])
         elif change.kind in ("pwrite", "ftruncate", "fallocate"):
-            certain = number < synced.get(change.inode, -1)
-            _write(disk.files.setdefault(change.inode, bytearray()), change, dice, 1.0 if certain else chance)
+            certain = number < synced.get(files[number], -1)
+            _write(disk.files.setdefault(files[number], bytearray()), change, dice, 1.0 if certain else chance)
     return disk
 
 
-def _rename(disk: Disk, change: Change) -> None:
+def _files_of(log: list[Change]) -> list[int]:
+    """The number of the file that each record is about."""
+    made: dict[int, int] = {}
+    found = []
+    for number, change in enumerate(log):
+        if change.kind == "create":
+            made[change.inode] = -1 - number
+        found.append(made.get(change.inode, change.inode))
+    return found
+
+
+def _rename(disk: Disk, change: Change, file: int) -> None:
     name, other = (path.rsplit("/", 1)[-1] for path in (change.path, change.other))
     if change.kind == "create":
-        disk.names[name] = change.inode
-        disk.files.setdefault(change.inode, bytearray())
+        disk.names[name] = file
+        disk.files.setdefault(file, bytearray())
     elif change.kind == "link":
         disk.names[other] = disk.names[name]
     elif change.kind == "rename":
