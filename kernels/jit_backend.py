@@ -170,11 +170,7 @@ class JitBackend:
         """`streamquant.kernels.difference.of_book`: packed uint8, absmax float32 [blocks], book float32 [16]."""
         from .jit.difference import difference_of_book
 
-        steps = book_steps(book)
-        steps[[book.argmin(), book.argmax()]] *= -1
-        codes = np.arange(256)
-        both = np.stack([codes >> 4, codes & 15] if high_first else [codes & 15, codes >> 4], axis=1)
-        pairs, step_pairs = (values[both].view(np.uint64).reshape(-1) for values in (book, steps))
+        pairs, step_pairs = _value_pairs(book.tobytes(), high_first)
         return _difference(difference_of_book, packed, pairs, step_pairs, np.ascontiguousarray(absmax), block_size, tile)
 
 
@@ -207,3 +203,17 @@ def _pair_codes(book: str) -> np.ndarray:
     ranks = np.arange(256)
     ascending = ASCENDING_CODES[book].astype(np.int64)
     return ((ascending[ranks >> 4] << 4) | ascending[ranks & 15]).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _value_pairs(book: bytes, high_first: bool) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [256] twice: of a byte of two codes the two values, and the two steps, negative at the ends of the book.
+
+    book: float32 [16], as bytes.
+    """
+    values = np.frombuffer(book, dtype=np.float32)
+    steps = book_steps(values)
+    steps[[values.argmin(), values.argmax()]] *= -1
+    codes = np.arange(256)
+    both = np.stack([codes >> 4, codes & 15] if high_first else [codes & 15, codes >> 4], axis=1)
+    return values[both].view(np.uint64).reshape(-1), steps[both].view(np.uint64).reshape(-1)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from streamquant.pairing import Pair, Pairing
 from streamquant.stored import Contents, Layout, Plain, Read, tiles
 from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
-from streamquant.stored.difference import Difference, compare
+from streamquant.stored.difference import Difference
 from streamquant.stored.expectation import nearest_error
 from streamquant.stored.four_bit import Blocks4bit
 from streamquant.verdict import LayerCheck
@@ -27,7 +29,7 @@ AS_NEAREST = 1.02  # times the error of rounding to nearest: no scale is wrong, 
 SMALLEST_NORMAL = 2.0**-126  # weights below count as zeros: no scale reaches them
 ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
 DECODED_ERROR = 0.01  # of what was decoded back: one more rounding
-EXAMINED = 4  # tiles that are encoded afresh for comparison, beside the worst
+EXAMINED = 4  # ranges that are encoded afresh for comparison, beside the worst
 # Rounding to nearest puts no element far off its source, learned rounding puts some in nearly every span: few elements, or
 # elements in few spans, were changed afterwards.
 FEW_ELEMENTS, FEW_SPANS = 2000, 50  # one of so many
@@ -35,29 +37,33 @@ LOOSE_SHARE = 4  # times the far elements are there to be just beyond a half ste
 LEARNED = 0.7  # a relative error that a layer may have which is, to the bit, what learned rounding wrote
 
 
+T = TypeVar("T")
+
+
 @dataclass
 class PairSum:
-    """What one pair has come to. worst: (relative error, begin, end) of its worst range. unequal: bytes or values."""
+    """What one pair has come to. shares: the relative error of each range that was looked at. unequal: bytes or values."""
 
     difference: Difference = field(default_factory=Difference)
-    worst: tuple[float, int, int] = (-1.0, 0, 0)
+    shares: array[float] = field(default_factory=lambda: array("d"))
     unequal: int = 0
 
     def add(self, other: PairSum) -> None:
+        """Take in what comes behind."""
         self.difference.add(other.difference)
-        self.worst = max(self.worst, other.worst)
+        self.shares.extend(other.shares)
         self.unequal += other.unequal
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges layers. complete: whether the sums are over whole layers. intact: tensors whose hash agrees with the manifest."""
+    """Judges layers. sample: the share of each that was summed. intact: tensors whose hash agrees with the manifest."""
 
     pairing: Pairing
     output: Contents
     read_source: Read
     read_output: Read
-    complete: bool
+    sample: float
     intact: set[str]
 
     @cached_property
@@ -77,7 +83,7 @@ class Judge:
         expected, measured = self._examine(pair, found)
         if not faults and difference.elements and not self._is_as_written(pair, measured, difference):
             if is_suspect(difference, expected, measured):
-                faults = [diagnose(self._case(pair, found, _examined(pair.layout, found)))]
+                faults = [diagnose(self._case(pair, found, [place for place, _ in self._examined(pair, found)]))]
             elif is_damaged(pair.layout, difference):
                 steps = difference.steps
                 first = steps.wild_at if steps.wild_spans else steps.far_at
@@ -110,24 +116,34 @@ class Judge:
         return self.is_learned and all(name in self.intact for name in names)
 
     def _examine(self, pair: Pair, found: PairSum) -> tuple[float | None, float]:
-        """(error of rounding to nearest, error as it is), over a few tiles and the worst; the pair of the worst ratio."""
+        """(error of rounding to nearest, error as it is), over a few ranges and the worst; the pair of the worst ratio."""
         if pair.decoded_from is not None:  # the error is that of a format whose scales are gone
             return None, found.difference.relative_error
         if isinstance(pair.layout, Plain):
             return DECODED_ERROR, found.difference.relative_error
-        absmax = found.difference.absmax if self.complete else None
+        absmax = self._absmax(found)
         worst: tuple[float | None, float] = (None, found.difference.relative_error)
         ratio = -1.0
-        for begin, end in _examined(pair.layout, found):
+        for (begin, end), actual in self._examined(pair, found):
             expected = nearest_error(pair.layout, pair.reference.decode(self.read_source, begin, end).values, absmax)
             if expected is None:
                 continue
-            there = compare(pair.layout, self.read_output, pair.reference, self.read_source, begin, end)
-            actual = math.inf if there.nonfinite else there.relative_error
             now = actual / expected if expected else (math.inf if actual else 0.0)
             if now > ratio:
                 ratio, worst = now, (expected, actual)
         return worst
+
+    def _absmax(self, found: PairSum) -> float | None:
+        """The largest magnitude of the layer, where all of it was seen."""
+        return found.difference.absmax if self.sample >= 1 else None
+
+    def _examined(self, pair: Pair, found: PairSum) -> list[tuple[tuple[int, int], float]]:
+        """A few of the ranges that were looked at, from all over the layer, and the worst one; each with its error."""
+        looked_at = list(zip(ranges_of(pair.layout, self.sample), found.shares, strict=True))
+        chosen = set(spread(range(len(looked_at)), 0.0, EXAMINED))
+        if looked_at:
+            chosen.add(int(np.argmax(found.shares)))
+        return [looked_at[number] for number in sorted(chosen)]
 
     def _case(self, pair: Pair, found: PairSum, ranges: list[tuple[int, int]]) -> Case:
         def others() -> Iterator[tuple[str, Layout, Layout | None]]:
@@ -135,7 +151,7 @@ class Judge:
                 if other.key != pair.key and other.reference is not None and other.reference.shape == pair.reference.shape:
                     yield other.key, other.reference, other.layout
 
-        absmax = found.difference.absmax if self.complete else None
+        absmax = self._absmax(found)
         return Case(pair.layout, pair.reference, self.read_output, self.read_source, tuple(ranges), absmax, others)
 
 
@@ -184,15 +200,15 @@ def _rows_around(layout: Layout, index: int) -> tuple[int, int]:
     return row + begin, row + end
 
 
-def _examined(layout: Layout, found: PairSum) -> list[tuple[int, int]]:
-    """A few tiles from all over the layer, and the worst one, in order."""
-    ranges = set(spread(list(tiles(layout.shape)), 0.0, EXAMINED))
-    if found.worst[2]:
-        ranges.add(found.worst[1:])
-    return sorted(ranges)
+def ranges_of(layout: Layout, sample: float) -> list[tuple[int, int]]:
+    """The ranges of a layer's elements that are looked at."""
+    ranges = list(tiles(layout.shape))
+    return ranges if sample >= 1 else spread(ranges, sample)
 
 
-def spread(ranges: list, share: float, at_least: int = 1) -> list:
-    """About that share of the ranges, evenly spread."""
-    count = min(max(math.ceil(share * len(ranges)), at_least), len(ranges))
-    return [ranges[index] for index in np.linspace(0, len(ranges) - 1, count).round().astype(int)] if count else []
+def spread(values: Sequence[T], share: float, at_least: int = 1) -> list[T]:
+    """About that share of the values, evenly spread."""
+    count = min(max(math.ceil(share * len(values)), at_least), len(values))
+    if count == len(values):
+        return list(values)
+    return [values[index] for index in np.linspace(0, len(values) - 1, count).round().astype(int)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -20,11 +21,11 @@ import xxhash
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
 from streamquant.formats.plain import round_to_bf16
-from streamquant.judgement import Judge, PairSum, spread
+from streamquant.judgement import Judge, PairSum, ranges_of, spread
 from streamquant.options import Options
 from streamquant.pairing import Pair, Pairing, pair_up
 from streamquant.prefetch import Prefetcher
-from streamquant.stored import Contents, read_contents, tiles
+from streamquant.stored import Contents, read_contents
 from streamquant.stored.adapter import refuse_adapter
 from streamquant.stored.contents import refuse_foreign
 from streamquant.stored.diagnosis import LOOSE
@@ -106,7 +107,7 @@ class _Check:
         self.before, self.after, self.pairing, self.sample = before, after, pairing, sample
         self.reader, self.output_reader = reader, output_reader
         self.sums: dict[str, PairSum] = {}
-        self.judge = Judge(pairing, after, reader.tile, output_reader.tile, sample >= 1, set())
+        self.judge = Judge(pairing, after, reader.tile, output_reader.tile, sample, set())
         self.findings = [
             Finding("missing" if "missing" in text else "tensor", key, text) for key, text in pairing.faults.items()
         ]
@@ -179,11 +180,7 @@ class _Check:
             for number, begin, end in spread(ranges, self.sample):
                 yield end - begin, partial(self._compare_bytes, pair, number, begin, end)
             return
-        if self.sample < 1:
-            chosen = spread(list(tiles(pair.layout.shape)), self.sample)
-        else:
-            chosen = tiles(pair.layout.shape)
-        chosen = iter(chosen)
+        chosen = iter(ranges_of(pair.layout, self.sample))
         compare = self._compare_cast if pair.kind == "cast" else self._compare_weight
         while ranges := list(islice(chosen, TILES_TOGETHER)):
             yield _bytes_of(pair, ranges), partial(compare, pair, ranges)
@@ -208,7 +205,7 @@ class _Check:
         for begin, end in ranges:
             found = compare(pair.layout, self.output_reader.tile, pair.reference, self.reader.tile, begin, end)
             share = math.inf if found.nonfinite else found.relative_error
-            total.add(PairSum(found, (share, begin, end)))
+            total.add(PairSum(found, array("d", [share])))
         return "weight", pair, total, _bytes_of(pair, ranges)
 
     def layers(self, threads: int, stop: threading.Event | None) -> list[LayerCheck]:

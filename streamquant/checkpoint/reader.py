@@ -9,8 +9,7 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -282,7 +281,7 @@ class TileReader:
     def __enter__(self) -> TileReader:
         try:
             for number, file in enumerate(self.checkpoint.files):
-                with self._reading(file):
+                try:
                     descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                     self._handles.callback(close_read, descriptor)
                     self._descriptors.append(descriptor)
@@ -290,6 +289,8 @@ class TileReader:
                     self.check(number)
                     if self.io == "mmap":
                         self._maps[number] = self._map(descriptor, file.header.size)
+                except OSError as error:
+                    raise self._failed(file, error) from None
         except BaseException:
             self._handles.close()
             raise
@@ -322,8 +323,10 @@ class TileReader:
     def check(self, number: int) -> None:
         """Raise SourceReadError when the file is no longer the one whose header was read."""
         file = self.checkpoint.files[number]
-        with self._reading(file):
+        try:
             now = os.fstat(self._descriptors[number])
+        except OSError as error:
+            raise self._failed(file, error) from None
         if (now.st_size, now.st_mtime_ns) != (file.header.size, file.mtime_ns):
             raise errors.SourceReadError(
                 f"The source {printable(str(file.path), 300)} changed while it was being read; convert again from the start."
@@ -338,8 +341,10 @@ class TileReader:
             self.check(tensor.file)
             return mapped.view[start : start + end - begin]
         buffer = memoryview(np.empty(end - begin, dtype=np.uint8))
-        with self._reading(file):
+        try:
             count = read_at(self._descriptors[tensor.file], buffer, start)
+        except OSError as error:
+            raise self._failed(file, error) from None
         self.check(tensor.file)  # afterwards: so what was read was there before any change
         if count < len(buffer):
             raise errors.SourceReadError(f"The source {printable(str(file.path), 300)} ended early: it was truncated.")
@@ -367,11 +372,7 @@ class TileReader:
             f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails; what was written is kept."
         )
 
-    @contextmanager
-    def _reading(self, file: SourceFile) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise errors.SourceReadError(
-                f"Reading {printable(str(file.path), 300)} failed: {error.strerror or error}; what was written is kept."
-            ) from None
+    @staticmethod
+    def _failed(file: SourceFile, error: OSError) -> errors.SourceReadError:
+        why = error.strerror or error
+        return errors.SourceReadError(f"Reading {printable(str(file.path), 300)} failed: {why}; what was written is kept.")
