@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -143,15 +144,27 @@ def _opened(path: Path) -> Checkpoint:
         shards = {path: None}
     files, tensors, metadata = [], {}, {}
     for number, (shard, listed) in enumerate(shards.items()):
-        # Taken before the header is read, so that a change while it is read shows when the file is opened again.
-        mtime_ns = refuse_other_kinds(shard)
-        header = read_header(shard)
+        file = _read_file(shard)
         if listed is not None:
-            _check_shard(path, shard, header, listed)
-        files.append(SourceFile(shard, header, mtime_ns))
-        tensors |= {name: SourceTensor(info, number) for name, info in header.tensors.items()}
-        metadata |= {key: value for key, value in header.metadata.items() if key not in metadata}
+            _check_shard(path, shard, file.header, listed)
+        files.append(file)
+        tensors |= {name: SourceTensor(info, number) for name, info in file.header.tensors.items()}
+        metadata |= {key: value for key, value in file.header.metadata.items() if key not in metadata}
     return Checkpoint(path, tuple(files), tensors, metadata)
+
+
+def open_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """As `open_checkpoint`, of that one safetensors file: an index or a folder is none."""
+    path = Path(path)
+    file = _read_file(path)
+    tensors = {name: SourceTensor(info, 0) for name, info in file.header.tensors.items()}
+    return Checkpoint(path, (file,), tensors, file.header.metadata)
+
+
+def _read_file(path: Path) -> SourceFile:
+    # The time is taken before the header is read, so that a change while it is read shows when the file is opened again.
+    mtime_ns = refuse_other_kinds(path)
+    return SourceFile(path, read_header(path), mtime_ns)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -300,6 +313,12 @@ class TileReader:
         self._handles.close()
         if damaged:  # whatever else has failed, has failed for that
             raise self._unreadable(damaged[0])
+
+    def kept(self) -> TileReader:
+        """Opened, and closed when nobody holds it any more: for views that outlive a block of code."""
+        self.__enter__()
+        weakref.finalize(self, self._handles.close)
+        return self
 
     def _map(self, descriptor: int, size: int) -> Mapping | None:
         try:

@@ -49,7 +49,7 @@ class LayerKnowledge:
         graph = next((preset.time for preset in plan.presets if preset.time), None)
         self.sweep = TimeSweep(graph, weights) if graph else None
         if recipe.calibration is not None:
-            self.calibration = calibration.load(recipe.calibration)
+            self.calibration = calibration.load(recipe.calibration, recipe.calibration_identity)
         self.origins = {unit.index: self._origin(unit) for unit in plan.units if unit.format.learned_grid}
         self._check()
 

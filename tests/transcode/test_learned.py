@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from conversions import Watcher, interrupt
 from safetensors import safe_open
 from small_checkpoints import LEARNED_CHOICES, floats, load, metadata_of, of_values, save
 
-from streamquant import FormatChoice, Recipe, budget, errors, pour
+from streamquant import FormatChoice, Recipe, budget, errors, pour, transcode
 from streamquant.calibration import Calibration, LayerStatistics
 from streamquant.calibration.sketch import probe
+from streamquant.checkpoint.mapping import why_no_mapping
 from streamquant.formats import FORMATS
 from streamquant.kernels import TorchBackend
 from streamquant.kernels.refine import refine
@@ -176,6 +178,41 @@ def test_another_calibration_is_another_conversion(source, calibration, tmp_path
     Calibration({"blocks.0.qkv": statistics(64, False)}).save(other)
     with pytest.raises(errors.ResumeError, match="learned"):
         convert(source, path, recipe("int8-row", other), resume=True)
+
+
+def test_a_calibration_replaced_after_it_was_hashed_is_an_error(source, calibration, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration.read_bytes())
+    know = transcode.LayerKnowledge
+
+    def replaced(*arguments):
+        """Between the plan, which has the file's hash in it, and the loading."""
+        whole = path.read_bytes()
+        path.write_bytes(whole)
+        os.utime(path, ns=(1, 1))
+        return know(*arguments)
+
+    monkeypatch.setattr(transcode, "LayerKnowledge", replaced)
+    with pytest.raises(errors.SourceReadError, match=r"c\.safetensors changed after .*convert again"):
+        convert(source, tmp_path / "o.safetensors", recipe("int8-row", path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_calibration_changed_while_it_is_used_is_an_error(source, calibration, tmp_path, monkeypatch):
+    if why_no_mapping():
+        pytest.skip("files are not mapped here: what was loaded is memory of its own")
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration.read_bytes())
+    begin = transcode.open_session
+
+    def changed(*arguments, **named):
+        os.utime(path, ns=(1, 1))
+        return begin(*arguments, **named)
+
+    monkeypatch.setattr(transcode, "open_session", changed)
+    with pytest.raises(errors.SourceReadError, match=r"c\.safetensors changed while"):
+        convert(source, tmp_path / "o.safetensors", recipe("int8-row", path))
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 @pytest.mark.parametrize("objective", ["svd"])
