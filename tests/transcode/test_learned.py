@@ -251,6 +251,23 @@ def test_what_is_not_known_is_said(source, tmp_path):
             assert (absmax[name] >= np.float32(0.9499) * np.frombuffer(tensor.data, np.float32)).all()
 
 
+@pytest.mark.parametrize(
+    ("base", "custom", "words"),
+    [
+        ("nf4", None, "of 6 layers: rounded to nearest, with searched scales. --calib"),
+        ("int8", None, "of 6 layers: rounded to nearest. --calib"),
+        ("fp8", "nf4", "of 6 layers: rounded to nearest, 2 of them with searched scales. --calib"),
+    ],
+)
+def test_searched_scales_are_told_of_only_where_they_are(source, tmp_path, base, custom, words):
+    layers = r"blocks\.1\." if custom else None
+    wanted = Recipe(FormatChoice(base), preset=("none",), custom_layers=layers, custom=custom and FormatChoice(custom))
+    watcher = Watcher()
+    convert(source, tmp_path / "o.safetensors", wanted, observer=watcher)
+    (note,) = (note for note in watcher.notes if note.startswith("Nothing is known"))
+    assert words in note
+
+
 @pytest.mark.parametrize("mode", ["row", "block"])
 def test_fp8_keeps_absmax_where_nothing_is_known(source, tmp_path, mode):
     for rounding in ("learned", "rtn"):
