@@ -22,8 +22,9 @@ from streamquant.recipe import Recipe, Rules
 from streamquant.stored import Contents, StoredLayer, read_contents
 from streamquant.stored.adapter import refuse_adapter
 from streamquant.stored.contents import is_legacy_marker
+from streamquant.stored.foreign import foreign_layers, layer_of
 from streamquant.stored.markers import listed_layers
-from streamquant.unit import QUANTIZED, Unit, make_unit, marked_anew, scale_unit
+from streamquant.unit import QUANTIZED, Unit, foreign_unit, make_unit, marked_anew, scale_unit
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
 
 def _stored_contents(checkpoint: Checkpoint) -> Contents | None:
     """Which layers are quantized already; None for a checkpoint in which none can be."""
-    if any(tensor.info.dtype in QUANTIZED for tensor in checkpoint.tensors.values()):
+    if any(tensor.info.dtype in QUANTIZED for tensor in checkpoint.tensors.values()) or foreign_layers(checkpoint.tensors):
         return read_contents(checkpoint)
     return None
 
@@ -142,6 +143,7 @@ def _make_units(
     listed = listed_layers(checkpoint)
     layers = contents.layers if contents else {}
     owners = {tensor.name: layer for layer in layers.values() for tensor in layer.tensors.values()}
+    foreign = {layer_of(name) for name in contents.foreign} if contents else set()
     legacy = {} if listed else {name: tensor for name, tensor in checkpoint.tensors.items() if is_legacy_marker(name)}
     # Two numbers in the marker of the older spelling say that its layers are not to be multiplied in FP8.
     careful = {"full_precision_matrix_mult": True} if any(tensor.info.elements == 2 for tensor in legacy.values()) else {}
@@ -158,6 +160,8 @@ def _make_units(
             removed[name] = reason
         elif name in legacy:
             removed[name] = "the spelling of today, in which each layer has a marker of its own"
+        elif owner is None and foreign and layer_of(name) in foreign:
+            units.append(foreign_unit(len(units), tensor))
         elif owner is None:
             entry = listed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             units.append(make_unit(len(units), tensor, rules, unrotated, listed=entry))
