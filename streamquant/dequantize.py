@@ -35,6 +35,7 @@ from streamquant.verdict import Unwatched, Watcher
 
 DTYPES = ("BF16", "F16", "F32")
 CHUNK = 8 << 20  # bytes copied at a time
+AGAIN = "nothing is left behind, mend the cause and start again from the beginning"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def dequantize(
     check_destination(plan, destination, force)
     check_disk(plan, destination.parent)
     names, planned = Names.fresh(destination), plan.files[0]
-    file = PartialFile(names.partial(planned.name), names.final(planned.name), planned.size)
+    file = PartialFile(names.partial(planned.name), names.final(planned.name), planned.size, AGAIN)
     try:
         file.create(planned.header)
         with TileReader(checkpoint, options.effective_io) as reader:

@@ -345,7 +345,7 @@ class TileReader:
             now = os.fstat(self._descriptors[number])
         if (now.st_size, now.st_mtime_ns) != (file.header.size, file.mtime_ns):
             raise errors.SourceReadError(
-                f"The source {printable(str(file.path), 300)} changed while it was being read; convert again from the start."
+                f"{printable(str(file.path), 300)} changed while it was being read: start again when nothing writes to it."
             )
 
     def tile(self, tensor: SourceTensor, begin: int, end: int) -> memoryview:
@@ -361,7 +361,7 @@ class TileReader:
             count = read_at(self._descriptors[tensor.file], buffer, start)
         self.check(tensor.file)  # afterwards: so what was read was there before any change
         if count < len(buffer):
-            raise errors.SourceReadError(f"The source {printable(str(file.path), 300)} ended early: it was truncated.")
+            raise errors.SourceReadError(f"{printable(str(file.path), 300)} ended early: it was truncated.")
         return buffer
 
     def confirm(self, number: int | None = None) -> None:
@@ -383,7 +383,7 @@ class TileReader:
     @staticmethod
     def _unreadable(file: SourceFile) -> errors.SourceReadError:
         return errors.SourceReadError(
-            f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails; what was written is kept."
+            f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails."
         )
 
     @contextmanager
@@ -392,5 +392,5 @@ class TileReader:
             yield
         except OSError as error:
             raise errors.SourceReadError(
-                f"Reading {printable(str(file.path), 300)} failed: {error.strerror or error}; what was written is kept."
+                f"Reading {printable(str(file.path), 300)} failed: {error.strerror or error}; mend the cause and try again."
             ) from None
