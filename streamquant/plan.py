@@ -16,7 +16,7 @@ from streamquant.checkpoint.header import layout, printable
 from streamquant.checkpoint.reader import Checkpoint, open_checkpoint
 from streamquant.formats import Output
 from streamquant.formats.plain import Copy
-from streamquant.output_file import PlannedFile, planned_file
+from streamquant.output_file import PlannedFile, PlannedOutput, planned_file
 from streamquant.presets import Preset
 from streamquant.recipe import Recipe, Rules
 from streamquant.stored import Contents, StoredLayer, read_contents
@@ -27,8 +27,8 @@ from streamquant.stored.markers import listed_layers
 from streamquant.unit import QUANTIZED, Unit, foreign_unit, make_unit, marked_anew, scale_unit
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(PlannedOutput):
     """What a conversion will do, complete.
 
     units: in the order in which they are processed. placement: output tensor name -> (file number, byte offset in the
@@ -37,15 +37,12 @@ class Plan:
     stored: the quantized layers of the source, by name.
     """
 
-    checkpoint: Checkpoint
     recipe: Recipe
     architecture: str
     units: tuple[Unit, ...]
     removed: dict[str, str]
-    files: tuple[PlannedFile, ...]
     placement: dict[str, tuple[int, int, int]]
-    index_name: str | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     presets: tuple[Preset, ...] = ()
     prefix: str = ""
     stored: dict[str, StoredLayer] = field(default_factory=dict)
@@ -54,11 +51,6 @@ class Plan:
     def name(self) -> str:
         """The output's file name; of shards, the one they are numbered after."""
         return self.index_name.removesuffix(".index.json") if self.index_name else self.files[0].name
-
-    @property
-    def output_size(self) -> int:
-        """Bytes of all output files."""
-        return sum(file.size for file in self.files)
 
     @property
     def source_bytes(self) -> int:
@@ -120,13 +112,20 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
         files.append(file)
         placement |= {tensor.name: (number, len(file.header) + tensor.start, tensor.nbytes) for tensor in file.tensors}
     index_name = f"{name.removesuffix('.safetensors')}.safetensors.index.json" if len(groups) > 1 else None
-    architecture = rules.recognised.title
-    notes = tuple(_notes(units, removed, contents.foreign if contents else {}, rules))
-    known = tuple(dict.fromkeys((*rules.presets, rules.recognised)))
     return Plan(
-        checkpoint, recipe, architecture, tuple(units), removed, tuple(files), placement, index_name, notes, known,
-        rules.prefix, contents.layers if contents else {},
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        files=tuple(files),
+        index_name=index_name,
+        recipe=recipe,
+        architecture=rules.recognised.title,
+        units=tuple(units),
+        removed=removed,
+        placement=placement,
+        notes=tuple(_notes(units, removed, contents.foreign if contents else {}, rules)),
+        presets=tuple(dict.fromkeys((*rules.presets, rules.recognised))),
+        prefix=rules.prefix,
+        stored=contents.layers if contents else {},
+    )
 
 
 def _stored_contents(checkpoint: Checkpoint) -> Contents | None:
