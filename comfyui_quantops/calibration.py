@@ -75,6 +75,7 @@ def add_to_file(path: Path, found: Calibration) -> Calibration:
             name: replace(layer, **{part: np.array(values) for part, values in vars(layer).items() if _is_array(values)})
             for name, layer in merged.layers.items()
         }
+        merged.confirm()
         found = Calibration(layers, merged.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path)

@@ -66,7 +66,7 @@ def restore(state_dict: dict[str, torch.Tensor], known_formats: Container[str]) 
         restored[weight_key] = _restore_4bit(state_dict, weight_key, key, book)
     for key in [key for key in state_dict if key.endswith(".comfy_quant")]:
         layer = key.removesuffix(".comfy_quant")
-        name = read_json(state_dict[key], key).get("format")
+        name = str(read_json(state_dict[key], key).get("format"))
         if f"{layer}.weight" in restored:
             continue
         if f"{layer}.weight" not in state_dict:
@@ -79,7 +79,7 @@ def restore(state_dict: dict[str, torch.Tensor], known_formats: Container[str]) 
             )
         elif name not in known_formats:
             raise UnloadableError(
-                f"{printable(layer)} is in the format {printable(str(name))}, which neither this ComfyUI nor this node "
+                f"{printable(layer)} is in the format {printable(name)}, which neither this ComfyUI nor this node "
                 "knows: update ComfyUI, or convert the original file to another format."
             )
         elif f"{layer}.weight_scale" not in state_dict:
@@ -101,7 +101,7 @@ def _restore_4bit(tensors: dict[str, torch.Tensor], key: str, state_key: str, bo
     where = printable(key)
     quant_state = bytes(tensors[state_key].flatten().tolist())
     state = read_json(tensors[state_key], state_key)
-    shape, size, dtype = state.get("shape"), state.get("blocksize"), DTYPES.get(state.get("dtype", ""))
+    shape, size, dtype = state.get("shape"), state.get("blocksize"), DTYPES.get(str(state.get("dtype")))
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n >= 0 for n in shape)
     if not is_shape or size not in BLOCK_SIZES or dtype is None or state.get("quant_type") != book:
         raise UnloadableError(

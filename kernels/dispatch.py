@@ -22,6 +22,10 @@ def why_no_jit() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'streamquant[fast]')"
     try:
+        from numba import config
+
+        if config.DISABLE_JIT:
+            return "numba is switched off by NUMBA_DISABLE_JIT"
         from .jit import absmax  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: no folder to keep compiled code in
         return f"numba does not work here: {error}"

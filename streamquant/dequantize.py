@@ -25,7 +25,7 @@ from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, 
 from streamquant.checkpoint.writer import Names, PartialFile
 from streamquant.formats.plain import round_to_bf16
 from streamquant.options import Options
-from streamquant.output_file import PlannedFile, planned_file
+from streamquant.output_file import PlannedOutput, planned_file
 from streamquant.preflight import check_destination, check_disk
 from streamquant.stored import Contents, Layout, StoredLayer, read_contents, tiles
 from streamquant.stored.adapter import refuse_adapter
@@ -35,6 +35,7 @@ from streamquant.verdict import Unwatched, Watcher
 
 DTYPES = ("BF16", "F16", "F32")
 CHUNK = 8 << 20  # bytes copied at a time
+AGAIN = "nothing is left behind, mend the cause and start again from the beginning"
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,15 @@ class Piece:
     layout: Layout | None
 
 
-@dataclass(frozen=True)
-class DequantizePlan:
-    """What will be written, complete. `files` has one entry; the fields that it shares with a conversion's plan have the
-    same meaning. left_out: tensors of the source that have no place in a plain checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class DequantizePlan(PlannedOutput):
+    """One file. pieces: its tensors, by name. left_out: tensors of the source that have no place in a plain checkpoint.
+    layers: those that are decoded.
     """
 
-    checkpoint: Checkpoint
     pieces: dict[str, Piece]
-    files: tuple[PlannedFile, ...]
     left_out: tuple[str, ...]
     layers: tuple[StoredLayer, ...]
-    index_name: None = None
-
-    @property
-    def output_size(self) -> int:
-        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,9 @@ def plan_dequantize(contents: Contents, name: str, dtype: str | None = None) -> 
     for layer in contents.layers.values():
         decoded.setdefault(layer.format, []).append(layer.key)
     file = planned_file(name, tensors, contents.checkpoint, {"dequantized": True, "decoded": decoded})
-    return DequantizePlan(contents.checkpoint, pieces, (file,), left_out, tuple(contents.layers.values()))
+    return DequantizePlan(
+        checkpoint=contents.checkpoint, files=(file,), pieces=pieces, left_out=left_out, layers=tuple(contents.layers.values())
+    )
 
 
 def dequantize(
@@ -136,7 +132,7 @@ def dequantize(
     check_destination(plan, destination, force)
     check_disk(plan, destination.parent)
     names, planned = Names.fresh(destination), plan.files[0]
-    file = PartialFile(names.partial(planned.name), names.final(planned.name), planned.size)
+    file = PartialFile(names.partial(planned.name), names.final(planned.name), planned.size, AGAIN)
     try:
         file.create(planned.header)
         with TileReader(checkpoint, options.effective_io) as reader:

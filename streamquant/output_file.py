@@ -1,4 +1,4 @@
-"""One planned output file: its tensors at their offsets, its header's bytes, and where the tensors' hashes will go."""
+"""A planned output, and each file of it: its tensors at their offsets, its header's bytes, and where their hashes will go."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ class PlannedFile:
     @property
     def size(self) -> int:
         return len(self.header) + (self.tensors[-1].end if self.tensors else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedOutput:
+    """What will be written of a checkpoint, complete. index_name: of the shard index, where there are several files."""
+
+    checkpoint: Checkpoint
+    files: tuple[PlannedFile, ...]
+    index_name: str | None = None
+
+    @property
+    def output_size(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files)
 
 
 def planned_file(

@@ -16,18 +16,19 @@ from streamquant.checkpoint.header import layout, printable
 from streamquant.checkpoint.reader import Checkpoint, open_checkpoint
 from streamquant.formats import Output
 from streamquant.formats.plain import Copy
-from streamquant.output_file import PlannedFile, planned_file
+from streamquant.output_file import PlannedFile, PlannedOutput, planned_file
 from streamquant.presets import Preset
 from streamquant.recipe import Recipe, Rules
 from streamquant.stored import Contents, StoredLayer, read_contents
 from streamquant.stored.adapter import refuse_adapter
 from streamquant.stored.contents import is_legacy_marker
+from streamquant.stored.foreign import foreign_layers, layer_of
 from streamquant.stored.markers import listed_layers
-from streamquant.unit import QUANTIZED, Unit, make_unit, marked_anew, scale_unit
+from streamquant.unit import QUANTIZED, Unit, foreign_unit, make_unit, marked_anew, scale_unit
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(PlannedOutput):
     """What a conversion will do, complete.
 
     units: in the order in which they are processed. placement: output tensor name -> (file number, byte offset in the
@@ -36,15 +37,12 @@ class Plan:
     stored: the quantized layers of the source, by name.
     """
 
-    checkpoint: Checkpoint
     recipe: Recipe
     architecture: str
     units: tuple[Unit, ...]
     removed: dict[str, str]
-    files: tuple[PlannedFile, ...]
     placement: dict[str, tuple[int, int, int]]
-    index_name: str | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     presets: tuple[Preset, ...] = ()
     prefix: str = ""
     stored: dict[str, StoredLayer] = field(default_factory=dict)
@@ -53,11 +51,6 @@ class Plan:
     def name(self) -> str:
         """The output's file name; of shards, the one they are numbered after."""
         return self.index_name.removesuffix(".index.json") if self.index_name else self.files[0].name
-
-    @property
-    def output_size(self) -> int:
-        """Bytes of all output files."""
-        return sum(file.size for file in self.files)
 
     @property
     def source_bytes(self) -> int:
@@ -119,18 +112,25 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
         files.append(file)
         placement |= {tensor.name: (number, len(file.header) + tensor.start, tensor.nbytes) for tensor in file.tensors}
     index_name = f"{name.removesuffix('.safetensors')}.safetensors.index.json" if len(groups) > 1 else None
-    architecture = rules.recognised.title
-    notes = tuple(_notes(units, removed, contents.foreign if contents else {}, rules))
-    known = tuple(dict.fromkeys((*rules.presets, rules.recognised)))
     return Plan(
-        checkpoint, recipe, architecture, tuple(units), removed, tuple(files), placement, index_name, notes, known,
-        rules.prefix, contents.layers if contents else {},
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        files=tuple(files),
+        index_name=index_name,
+        recipe=recipe,
+        architecture=rules.recognised.title,
+        units=tuple(units),
+        removed=removed,
+        placement=placement,
+        notes=tuple(_notes(units, removed, contents.foreign if contents else {}, rules)),
+        presets=tuple(dict.fromkeys((*rules.presets, rules.recognised))),
+        prefix=rules.prefix,
+        stored=contents.layers if contents else {},
+    )
 
 
 def _stored_contents(checkpoint: Checkpoint) -> Contents | None:
     """Which layers are quantized already; None for a checkpoint in which none can be."""
-    if any(tensor.info.dtype in QUANTIZED for tensor in checkpoint.tensors.values()):
+    if any(tensor.info.dtype in QUANTIZED for tensor in checkpoint.tensors.values()) or foreign_layers(checkpoint.tensors):
         return read_contents(checkpoint)
     return None
 
@@ -142,6 +142,7 @@ def _make_units(
     listed = listed_layers(checkpoint)
     layers = contents.layers if contents else {}
     owners = {tensor.name: layer for layer in layers.values() for tensor in layer.tensors.values()}
+    foreign = {layer_of(name) for name in contents.foreign} if contents else set()
     legacy = {} if listed else {name: tensor for name, tensor in checkpoint.tensors.items() if is_legacy_marker(name)}
     # Two numbers in the marker of the older spelling say that its layers are not to be multiplied in FP8.
     careful = {"full_precision_matrix_mult": True} if any(tensor.info.elements == 2 for tensor in legacy.values()) else {}
@@ -158,6 +159,8 @@ def _make_units(
             removed[name] = reason
         elif name in legacy:
             removed[name] = "the spelling of today, in which each layer has a marker of its own"
+        elif owner is None and foreign and layer_of(name) in foreign:
+            units.append(foreign_unit(len(units), tensor))
         elif owner is None:
             entry = listed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             units.append(make_unit(len(units), tensor, rules, unrotated, listed=entry))

@@ -12,7 +12,7 @@ from pathlib import Path
 from streamquant import errors
 from streamquant.checkpoint.header import printable
 from streamquant.kernels import why_no_jit
-from streamquant.plan import Plan
+from streamquant.output_file import PlannedOutput
 
 JOURNAL_ALLOWANCE = 16 << 20  # the journal and the shard index are small; leave them room
 
@@ -63,13 +63,13 @@ def _looking_at(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def check_destination(plan: Plan, destination: Path, force: bool) -> None:
+def check_destination(plan: PlannedOutput, destination: Path, force: bool) -> None:
     """Raises a PreflightError when the destination's folder is absent, or a final name is taken or is the source."""
     with _looking_at(destination.parent):
         _check_destination(plan, destination, force)
 
 
-def _check_destination(plan: Plan, destination: Path, force: bool) -> None:
+def _check_destination(plan: PlannedOutput, destination: Path, force: bool) -> None:
     folder = destination.parent
     if not os.path.isdir(folder):
         raise errors.PreflightError(f"The folder {printable(str(folder), 300)} does not exist: create it first.")
@@ -102,9 +102,9 @@ def _same_file(target: Path, source: Path) -> bool:
     return os.path.samestat(os.stat(target), status)
 
 
-def check_disk(plan: Plan, folder: Path, already_reserved: int = 0) -> None:
-    """Raises DiskSpaceError when the planned files do not fit. already_reserved: bytes of partial files being resumed."""
-    needed = plan.output_size - already_reserved + JOURNAL_ALLOWANCE
+def check_disk(plan: PlannedOutput, folder: Path) -> None:
+    """Raises DiskSpaceError when the planned files do not fit."""
+    needed = plan.output_size + JOURNAL_ALLOWANCE
     free = free_disk(folder)
     if needed > free:
         raise errors.DiskSpaceError(

@@ -214,26 +214,35 @@ class Recipe:
             },
         }
 
-    @functools.cached_property
+    @property
     def calibration_hash(self) -> str | None:
         """xxh3_64 of the calibration file, in hex: its name says nothing of what is in it."""
-        if self.calibration is None:
-            return None
+        return None if self.calibration is None else self._hashed[0]
+
+    @property
+    def calibration_identity(self) -> tuple[int, int]:
+        """(bytes, modification time in ns) of the calibration file that was hashed."""
+        return self._hashed[1]
+
+    @functools.cached_property
+    def _hashed(self) -> tuple[str, tuple[int, int]]:
+        """The hash of the calibration file, and its identity. Raises CalibrationError."""
+        where = printable(str(self.calibration), 300)
         hasher = xxhash.xxh3_64()
         try:
             if not stat.S_ISREG(os.stat(self.calibration).st_mode):  # a pipe would be empty when it is read again
-                raise CalibrationError(f"{printable(str(self.calibration), 300)}: the calibration file is no regular file.")
+                raise CalibrationError(f"{where}: the calibration file is no regular file.")
             with opened(self.calibration) as file:
+                before = os.fstat(file.fileno())
                 while chunk := file.read(1 << 24):
                     hasher.update(chunk)
-                ended = file.tell() < os.fstat(file.fileno()).st_size
+                after = os.fstat(file.fileno())
+                identity = file.tell(), before.st_mtime_ns
         except OSError as error:
-            raise CalibrationError(
-                f"{printable(str(self.calibration), 300)}: the calibration file cannot be read ({error.strerror})."
-            ) from error
-        if ended:
-            raise CalibrationError(f"{printable(str(self.calibration), 300)}: the calibration file changed while it was read.")
-        return hasher.hexdigest()
+            raise CalibrationError(f"{where}: the calibration file cannot be read ({error.strerror}).") from error
+        if identity != (after.st_size, after.st_mtime_ns):
+            raise CalibrationError(f"{where}: the calibration file changed while it was read.")
+        return hasher.hexdigest(), identity
 
 
 @dataclass(frozen=True)

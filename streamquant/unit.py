@@ -155,6 +155,11 @@ def scale_unit(index: int, tensor: SourceTensor, owner: StoredLayer) -> Unit:
     return replace(unit, layer=owner.name, outputs=(replace(unit.outputs[0], suffix=modern(suffix)),))
 
 
+def foreign_unit(index: int, tensor: SourceTensor) -> Unit:
+    """A tensor of a layer in the layout of another tool: copied, for nothing here knows what another dtype would do to it."""
+    return _plain_unit(index, tensor, "layers of other tools", None, None)
+
+
 def modern(suffix: str) -> str:
     """How the older `scaled_fp8` spelling of a scale is spelled now."""
     return {"scale_weight": "weight_scale", "scale_input": "input_scale"}.get(suffix, suffix)

@@ -35,10 +35,8 @@ from pathlib import Path
 
 import numpy as np
 
-from streamquant.checkpoint.header import build_header, layout, printable, read_header
-from streamquant.checkpoint.kinds import refuse_other_kinds
-from streamquant.checkpoint.mapping import Mapping, why_no_mapping
-from streamquant.checkpoint.positioned import close_read, read_at
+from streamquant.checkpoint.header import build_header, layout, printable
+from streamquant.checkpoint.reader import TileReader, open_file
 from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError, SourceReadError
 
 from .statistics import LayerStatistics
@@ -61,20 +59,17 @@ def bare_name(name: str) -> str:
 
 @dataclass
 class Calibration:
-    """The statistics of a model's layers, by name. seed: of Ω. path, mapping: the file whose pages the arrays are, if any."""
+    """The statistics of a model's layers, by name. seed: of Ω. readers: of the files whose pages the arrays are, if any."""
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     seed: int = 0
-    path: str = ""
-    mapping: Mapping | None = field(default=None, repr=False, compare=False)
+    readers: tuple[TileReader, ...] = field(default=(), repr=False, compare=False)
 
     def confirm(self) -> None:
-        """Raise SourceReadError when a page of the file could not be read: what came of the arrays is not to be believed."""
-        if self.mapping is not None and self.mapping.damaged:
-            raise SourceReadError(
-                f"Reading {printable(self.path, limit=4096)} failed: it was truncated, or its disk fails; what was written is "
-                f"kept."
-            )
+        """Raise SourceReadError when a file has changed or a page of it could not be read: what came of the arrays is not to
+        be believed."""
+        for reader in self.readers:
+            reader.confirm()
 
     @property
     def kind(self) -> str:
@@ -98,7 +93,8 @@ class Calibration:
         return self.layers[fits[0]] if fits else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; the name appears only when it is whole. Raises CalibrationError or DestinationWriteError."""
+        """Write the file; the name appears only when it is whole. Raises CalibrationError, DestinationWriteError, or
+        SourceReadError for what was loaded and is not as it was."""
         tensors: dict[str, np.ndarray] = {}
         for name, layer in self.layers.items():
             layer.check(name)
@@ -116,6 +112,7 @@ class Calibration:
                     file.write(build_header(placed, metadata))
                     for info in placed:
                         file.write(tensors[info.name].tobytes())
+                    self.confirm()
                     file.flush()
                     os.fsync(file.fileno())
                     os.chmod(file.name, 0o644)
@@ -143,7 +140,7 @@ class Calibration:
         for name, layer in other.layers.items():
             mine = name if name in layers else own.get(bare_name(name), name)
             layers[mine] = layers[mine].merged(layer, mine) if mine in layers else layer
-        return Calibration(layers, self.seed)
+        return Calibration(layers, self.seed, (*self.readers, *other.readers))
 
     def summary(self) -> list[dict[str, object]]:
         """A row per layer, for a table: what was kept, of how many inputs, and where the inputs' energy lies.
@@ -163,20 +160,23 @@ class Calibration:
                 vectors = layer.low_rank(layer.sketch.shape[1])[1]
                 row |= {"rank": layer.sketch.shape[1], "energy_in_sketch": float(np.square(vectors).sum()) / trace}
             rows.append(row | {"top_channel": float(layer.diagonal.max(initial=0.0)) / trace})
+        self.confirm()
         return rows
 
 
-def load(path: str | os.PathLike[str]) -> Calibration:
+def load(path: str | os.PathLike[str], identity: tuple[int, int] | None = None) -> Calibration:
     """Read a calibration file and check all of it. Arrays are mapped, not copied, where that is safe.
 
-    Raises CalibrationError for a file that is no calibration or a damaged one, SourceMissingError or SourceReadError
-    when there is nothing to read.
+    identity: (bytes, modification time in ns) that the file had when it was looked at before. Raises CalibrationError for a
+    file that is no calibration or a damaged one, SourceMissingError or SourceReadError when there is nothing to read, or
+    something else than before.
     """
     shown = printable(os.fspath(path), limit=4096)
-    if os.path.exists(path):  # of what is not there, `read_header` says so
-        refuse_other_kinds(Path(path))
-    header = read_header(path)
-    metadata = header.metadata
+    checkpoint = open_file(path)
+    (file,) = checkpoint.files
+    if identity is not None and identity != (file.header.size, file.mtime_ns):
+        raise SourceReadError(f"The calibration {shown} changed after it was first looked at; convert again from the start.")
+    metadata = checkpoint.metadata
     if metadata.get("format") != FORMAT:
         raise CalibrationError(
             f"{shown}: this is not a calibration file; make one with streamquant.calibration.collect."
@@ -188,28 +188,13 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     seed = metadata.get("seed", "")
     if not (seed.isascii() and seed.isdigit() and len(seed) < 20) or metadata.get("keys") != "module":
         raise CalibrationError(f"{shown}: the metadata lack a seed or the naming of keys; the file is damaged.")
-    data, mapping = _data_of(path, header.size)
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, info in header.tensors.items():
-        layer, _, part = name.rpartition(".")
-        if not layer or _DTYPES.get(part) != info.dtype or (part == "count" and info.shape != ()):
-            raise CalibrationError(f"{shown}: {printable(name)} ({info.dtype}) has no place in a calibration file.")
-        if len(info.shape) != _DIMENSIONS[part]:
-            raise CalibrationError(f"{shown}: {printable(name)} has the wrong dimension, {len(info.shape)}.")
-        raw = data[header.data_start + info.start : header.data_start + info.end]
-        # The data section need not be aligned to 4 bytes in a file that others wrote.
-        parts.setdefault(layer, {})[part] = np.frombuffer(raw, dtype=_NUMPY[info.dtype]).reshape(info.shape)
-    layers = {}
-    for layer, arrays in parts.items():
-        if missing := {"count", "mean", "diagonal"} - arrays.keys():
-            raise CalibrationError(f"{shown}: {printable(layer)} lacks its {' and '.join(sorted(missing))}.")
-        count = int(arrays.pop("count"))
-        layers[layer] = LayerStatistics(count, seed=int(seed), **arrays)
-        try:
-            layers[layer].check(printable(layer))
-        except CalibrationError as fault:
-            raise CalibrationError(f"{shown}: {fault}") from None
-    calibration = Calibration(layers, int(seed), os.fspath(path), mapping)
+    reader = TileReader(checkpoint, "mmap").kept()
+    try:
+        layers = _layers(reader, int(seed), shown)
+    except CalibrationError:
+        reader.confirm()  # what cannot be read is zeros, which are no calibration
+        raise
+    calibration = Calibration(layers, int(seed), (reader,) if reader.io == "mmap" else ())
     calibration.confirm()
     if metadata.get("kind") != calibration.kind:
         raise CalibrationError(
@@ -218,26 +203,32 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     return calibration
 
 
-def _data_of(path: str | os.PathLike[str], size: int) -> tuple[np.ndarray, Mapping | None]:
-    """The bytes of a file whose header has been read, mapped or (where a mapping is not safe or not possible) read."""
-    shown = printable(os.fspath(path), limit=4096)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+def _layers(reader: TileReader, seed: int, shown: str) -> dict[str, LayerStatistics]:
+    """The statistics in a file, each layer checked. Raises CalibrationError."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in reader.checkpoint.tensors.items():
+        info = tensor.info
+        layer, _, part = name.rpartition(".")
+        if not layer or _DTYPES.get(part) != info.dtype or (part == "count" and info.shape != ()):
+            raise CalibrationError(f"{shown}: {printable(name)} ({info.dtype}) has no place in a calibration file.")
+        if len(info.shape) != _DIMENSIONS[part]:
+            raise CalibrationError(f"{shown}: {printable(name)} has the wrong dimension, {len(info.shape)}.")
+        # The data section need not be aligned to 4 bytes in a file that others wrote.
+        raw = reader.tile(tensor, 0, info.nbytes)
+        parts.setdefault(layer, {})[part] = np.frombuffer(raw, dtype=_NUMPY[info.dtype]).reshape(info.shape)
+    if not parts:
+        raise CalibrationError(f"{shown}: holds no layer; collect it while the model runs.")
+    layers = {}
+    for layer, arrays in parts.items():
+        if missing := {"count", "mean", "diagonal"} - arrays.keys():
+            raise CalibrationError(f"{shown}: {printable(layer)} lacks its {' and '.join(sorted(missing))}.")
+        count = int(arrays.pop("count"))
+        layers[layer] = LayerStatistics(count, seed=seed, **arrays)
         try:
-            if os.fstat(descriptor).st_size != size:
-                raise SourceReadError(f"{shown}: changed while it was read; start again when nothing writes to it.")
-            if not why_no_mapping():
-                with contextlib.suppress(OSError):  # where it cannot be mapped it is read, and that tells what is wrong
-                    mapping = Mapping(descriptor, size)
-                    return np.frombuffer(mapping.view, dtype=np.uint8), mapping
-            data = np.empty(size, dtype=np.uint8)
-            if read_at(descriptor, memoryview(data), 0) != size:
-                raise SourceReadError(f"{shown}: shrank while it was read; start again when nothing writes to it.")
-            return data, None
-        finally:
-            close_read(descriptor)
-    except OSError as error:
-        raise SourceReadError(f"{shown}: cannot be read ({error.strerror}); check its disk.") from None
+            layers[layer].check(printable(layer))
+        except CalibrationError as fault:
+            raise CalibrationError(f"{shown}: {fault}") from None
+    return layers
 
 
 def merge(files: Iterable[str | os.PathLike[str]]) -> Calibration:

@@ -16,11 +16,14 @@ from streamquant.checkpoint.positioned import close_read
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # what a filesystem says that cannot do it
 
 
-class writing:
-    """Turns an OSError into a DestinationWriteError that names the file and what to do."""
+RESUME = "what was written is kept, mend the cause and go on with --resume"
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class writing:
+    """Turns an OSError into a DestinationWriteError that names the file and what to do, in the words of `advice`."""
+
+    def __init__(self, path: Path, advice: str = RESUME):
+        self.path, self.advice = path, advice
 
     def __enter__(self) -> None:
         return None
@@ -29,8 +32,7 @@ class writing:
         if isinstance(error, OSError):
             where = printable(str(self.path), 300)
             raise errors.DestinationWriteError(
-                f"Writing {where} failed: {error.strerror or error}; what was written is kept, mend the cause and go on with "
-                f"--resume."
+                f"Writing {where} failed: {error.strerror or error}; {self.advice}."
             ) from None
 
 

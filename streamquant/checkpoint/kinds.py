@@ -88,8 +88,8 @@ def other_kind(path: Path, start: bytes, size: int) -> str | None:
 
 
 def refuse_other_kinds(path: Path) -> int:
-    """The modification time of a file, in ns. Raises NotSafetensorsError for one of another kind, SourceReadError for
-    one that cannot be read.
+    """The modification time of a file, in ns. Raises NotSafetensorsError for one of another kind, SourceMissingError where
+    there is none, SourceReadError for one that cannot be read.
     """
     try:
         found = path.stat()
@@ -100,6 +100,8 @@ def refuse_other_kinds(path: Path) -> int:
             start = read_whole(descriptor, START)
         finally:
             close_read(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise errors.SourceMissingError(f"There is no file at {printable(str(path), 300)}: check the path.") from None
     except OSError as error:
         raise errors.SourceReadError(f"Cannot read {printable(str(path), 300)}: {error.strerror}.") from None
     if what := other_kind(path, start, found.st_size):

@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import stat
+import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -142,15 +143,27 @@ def _opened(path: Path) -> Checkpoint:
         shards = {path: None}
     files, tensors, metadata = [], {}, {}
     for number, (shard, listed) in enumerate(shards.items()):
-        # Taken before the header is read, so that a change while it is read shows when the file is opened again.
-        mtime_ns = refuse_other_kinds(shard)
-        header = read_header(shard)
+        file = _read_file(shard)
         if listed is not None:
-            _check_shard(path, shard, header, listed)
-        files.append(SourceFile(shard, header, mtime_ns))
-        tensors |= {name: SourceTensor(info, number) for name, info in header.tensors.items()}
-        metadata |= {key: value for key, value in header.metadata.items() if key not in metadata}
+            _check_shard(path, shard, file.header, listed)
+        files.append(file)
+        tensors |= {name: SourceTensor(info, number) for name, info in file.header.tensors.items()}
+        metadata |= {key: value for key, value in file.header.metadata.items() if key not in metadata}
     return Checkpoint(path, tuple(files), tensors, metadata)
+
+
+def open_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """As `open_checkpoint`, of that one safetensors file: an index or a folder is none."""
+    path = Path(path)
+    file = _read_file(path)
+    tensors = {name: SourceTensor(info, 0) for name, info in file.header.tensors.items()}
+    return Checkpoint(path, (file,), tensors, file.header.metadata)
+
+
+def _read_file(path: Path) -> SourceFile:
+    # The time is taken before the header is read, so that a change while it is read shows when the file is opened again.
+    mtime_ns = refuse_other_kinds(path)
+    return SourceFile(path, read_header(path), mtime_ns)
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -302,6 +315,12 @@ class TileReader:
         if damaged:  # whatever else has failed, has failed for that
             raise self._unreadable(damaged[0])
 
+    def kept(self) -> TileReader:
+        """Opened, and closed when nobody holds it any more: for views that outlive a block of code."""
+        self.__enter__()
+        weakref.finalize(self, self._handles.close)
+        return self
+
     def _map(self, descriptor: int, size: int) -> Mapping | None:
         try:
             mapping = Mapping(descriptor, size)
@@ -329,7 +348,7 @@ class TileReader:
             raise self._failed(file, error) from None
         if (now.st_size, now.st_mtime_ns) != (file.header.size, file.mtime_ns):
             raise errors.SourceReadError(
-                f"The source {printable(str(file.path), 300)} changed while it was being read; convert again from the start."
+                f"{printable(str(file.path), 300)} changed while it was being read: start again when nothing writes to it."
             )
 
     def tile(self, tensor: SourceTensor, begin: int, end: int) -> memoryview:
@@ -347,7 +366,7 @@ class TileReader:
             raise self._failed(file, error) from None
         self.check(tensor.file)  # afterwards: so what was read was there before any change
         if count < len(buffer):
-            raise errors.SourceReadError(f"The source {printable(str(file.path), 300)} ended early: it was truncated.")
+            raise errors.SourceReadError(f"{printable(str(file.path), 300)} ended early: it was truncated.")
         return buffer
 
     def confirm(self, number: int | None = None) -> None:
@@ -369,10 +388,10 @@ class TileReader:
     @staticmethod
     def _unreadable(file: SourceFile) -> errors.SourceReadError:
         return errors.SourceReadError(
-            f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails; what was written is kept."
+            f"Reading {printable(str(file.path), 300)} failed: it was truncated, or its disk fails."
         )
 
     @staticmethod
     def _failed(file: SourceFile, error: OSError) -> errors.SourceReadError:
         why = error.strerror or error
-        return errors.SourceReadError(f"Reading {printable(str(file.path), 300)} failed: {why}; what was written is kept.")
+        return errors.SourceReadError(f"Reading {printable(str(file.path), 300)} failed: {why}; mend the cause and try again.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamquant import errors
-from streamquant.checkpoint.calls import UNSUPPORTED, close, repeated, sync_folder, writing
+from streamquant.checkpoint.calls import RESUME, UNSUPPORTED, close, remove, repeated, sync_folder, writing
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.positioned import close_read, read_whole, write_at
 
@@ -54,16 +54,16 @@ def find_journals(destination: Path) -> list[Names]:
 
 
 class PartialFile:
-    """One output file being written. Safe to write from several threads."""
+    """One output file being written. Safe to write from several threads. advice: what a failure says is to be done."""
 
-    def __init__(self, partial: Path, final: Path, size: int):
-        self.partial, self.final, self.size = partial, final, size
+    def __init__(self, partial: Path, final: Path, size: int, advice: str = RESUME):
+        self.partial, self.final, self.size, self.advice = partial, final, size, advice
         self.preallocated = False
         self._descriptor = -1
 
     def create(self, header: bytes) -> None:
         """A new file of the full size, its header in place; it survives a power loss once its folder is synced."""
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             self._descriptor = os.open(self.partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
             self.preallocated = _reserve(self._descriptor, self.size)
             write_at(self._descriptor, memoryview(header), 0)
@@ -74,7 +74,7 @@ class PartialFile:
 
         Raises ResumeError when it is not the file planned.
         """
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             try:
                 self._descriptor = os.open(self.partial, os.O_RDWR | getattr(os, "O_BINARY", 0))
             except FileNotFoundError:
@@ -91,16 +91,16 @@ class PartialFile:
         self.write(0, memoryview(header))
 
     def write(self, offset: int, data: memoryview) -> None:
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             write_at(self._descriptor, data, offset)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             return read_whole(self._descriptor, nbytes, offset)
 
     def sync(self) -> None:
         """Make all that was written so far survive a power loss."""
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             _data_sync(self._descriptor)
 
     def publish(self, replace: bool) -> bool:
@@ -108,10 +108,10 @@ class PartialFile:
 
         Returns whether the filesystem can give a name without ever replacing another file.
         """
-        with writing(self.partial):
+        with writing(self.partial, self.advice):
             os.fsync(self._descriptor)
         self.close()
-        with writing(self.final):
+        with writing(self.final, self.advice):
             if not replace:
                 return rename_new(self.partial, self.final)
             repeated(os.replace, self.partial, self.final)
@@ -121,7 +121,7 @@ class PartialFile:
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            with writing(self.partial):
+            with writing(self.partial, self.advice):
                 close(descriptor)
 
     def abandon(self) -> None:
@@ -169,19 +169,24 @@ def _appeared(source: Path, target: Path) -> errors.OutputExistsError:
     )
 
 
-def write_small_file(path: Path, data: bytes, run: str) -> None:
-    """A small file, complete or not there: written beside its name, synced, renamed."""
+def write_small_file(path: Path, data: bytes, run: str, advice: str = RESUME) -> None:
+    """A small file, complete or not there: written beside its name, synced, renamed. advice: as of a `PartialFile`."""
     partial = path.with_name(f".{path.name}.{run}.partial")
-    with writing(path):
+    with writing(path, advice):
         descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            write_at(descriptor, memoryview(data), 0)
-            os.fsync(descriptor)
+            try:
+                write_at(descriptor, memoryview(data), 0)
+                os.fsync(descriptor)
+            except BaseException:
+                close_read(descriptor)
+                raise
+            close(descriptor)
+            repeated(os.replace, partial, path)
         except BaseException:
-            close_read(descriptor)
+            with contextlib.suppress(errors.DestinationWriteError):  # the first failure is the one to be told
+                remove(partial)
             raise
-        close(descriptor)
-        repeated(os.replace, partial, path)
         sync_folder(path.parent)
 
 

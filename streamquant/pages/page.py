@@ -31,6 +31,7 @@ from .pictures import Point, error_against_size, heat_map, require_matplotlib
 from .samples import LayerSample, sample_layers
 
 FILE_NAME = "report.html"
+ADVICE = "mend the cause, or name another folder with --report"
 PACKAGES = ("torch", "numpy", "numba", "triton", "bitsandbytes", "safetensors")
 # Nothing may be loaded from anywhere, whatever a name in a file contains.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -56,7 +57,7 @@ def prepare_page(folder: str | Path) -> None:
     """
     require_matplotlib()
     folder = Path(folder)
-    with writing(folder):
+    with writing(folder, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, trial = tempfile.mkstemp(dir=folder, prefix=".streamquant-")
         os.close(descriptor)
@@ -117,10 +118,10 @@ def _write(
     parts.append(f"<details><summary>All {len(layers):,} layers</summary>{_layers(layers)}</details>")
     parts.append(f"<h2>To reproduce</h2><pre>{_text(_recipe(source, output), 1 << 20)}</pre>")
     folder = Path(folder)
-    with writing(folder):
+    with writing(folder, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    write_small_file(path, _document(output.name, parts).encode(), secrets.token_hex(4))
+    write_small_file(path, _document(output.name, parts).encode(), secrets.token_hex(4), ADVICE)
     return path
 
 

@@ -49,7 +49,7 @@ class LayerKnowledge:
         graph = next((preset.time for preset in plan.presets if preset.time), None)
         self.sweep = TimeSweep(graph, weights) if graph else None
         if recipe.calibration is not None:
-            self.calibration = calibration.load(recipe.calibration)
+            self.calibration = calibration.load(recipe.calibration, recipe.calibration_identity)
         self.origins = {unit.index: self._origin(unit) for unit in plan.units if unit.format.learned_grid}
         self._check()
 
@@ -124,13 +124,14 @@ class LayerKnowledge:
         wanted = [unit for unit in self.plan.units if unit.index in self.origins and unit.choice.rounding == "learned"]
         if not wanted:
             return
-        unknown = sum(not self.refines(unit) for unit in wanted)
         if learned:
             yield "Learned rounding: " + ", ".join(f"{_layers(count)} by {what}" for what, count in learned.items()) + "."
-        if unknown:
+        if unknown := [unit for unit in wanted if not self.refines(unit)]:
+            searched = sum(self.origin(unit) == SEARCHED for unit in unknown)
+            some = f"{searched} of them " if searched < len(unknown) else ""
             yield (
-                f"Nothing is known of the inputs of {_layers(unknown)}: rounded to nearest, NF4 with searched scales. "
-                f"--calibration FILE lowers the error of their outputs."
+                f"Nothing is known of the inputs of {_layers(len(unknown))}: rounded to nearest"
+                f"{f', {some}with searched scales' if searched else ''}. --calibration FILE lowers the error of their outputs."
             )
 
     def _rotation_note(self) -> Iterator[str]:

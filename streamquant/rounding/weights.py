@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from streamquant.checkpoint.reader import SourceTensor, TileReader
-from streamquant.stored import Layout, StoredLayer, elements
+from streamquant.stored import Layout, Plain, StoredLayer, elements
+from streamquant.stored.recognise import FLOATS
 
 # Rows of a weight read at once hold this many elements. Fixed, so that sums over them do not depend on any budget.
 CHUNK_ELEMENTS = 1 << 21
-_NUMPY = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 class Weights(Protocol):
@@ -46,30 +46,23 @@ class CheckpointWeights:
 
     def _layout(self, name: str) -> Layout | None:
         layer = self.stored.get((self.prefix + name).removesuffix(".weight")) if name.endswith(".weight") else None
-        return layer.layout if layer else None
+        if layer and layer.layout:
+            return layer.layout
+        tensor = self._tensor(name)
+        return None if tensor is None or tensor.info.dtype not in FLOATS else Plain(tensor.info.shape, tensor)
 
     def __contains__(self, name: str) -> bool:
         return self._tensor(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        if layout := self._layout(name):
-            return layout.shape
-        tensor = self._tensor(name)
-        return None if tensor is None or tensor.info.dtype not in _NUMPY else tuple(tensor.info.shape)
+        layout = self._layout(name)
+        return layout.shape if layout else None
 
     def rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        if layout := self._layout(name):
-            width = math.prod(layout.shape[1:])
-            return elements(layout, self.reader.tile, begin * width, end * width).reshape(end - begin, *layout.shape[1:])
-        tensor = self._tensor(name)
-        shape, dtype = tensor.info.shape, tensor.info.dtype
-        row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * _NUMPY[dtype].itemsize
-        values = np.frombuffer(self.reader.tile(tensor, begin * row_bytes, end * row_bytes), dtype=_NUMPY[dtype])
-        if dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = values.astype(np.float32)
-        return values.reshape(end - begin, *shape[1:])
+        layout = self._layout(name)
+        width = math.prod(layout.shape[1:])
+        values = elements(layout, self.reader.tile, begin * width, end * width)
+        return values.reshape(end - begin, *layout.shape[1:])
 
 
 def matrix_shape(weights: Weights, layer: str) -> tuple[int, int] | None:

@@ -149,7 +149,7 @@ def _contents(checkpoint: Checkpoint, read: Read) -> Contents:
         )  # fmt: skip
     claimed = {tensor.name for layer in layers.values() for tensor in layer.tensors.values()}
     plain = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in claimed}
-    return Contents(checkpoint, layers, plain, foreign_layers(plain, checkpoint.metadata))
+    return Contents(checkpoint, layers, plain, foreign_layers(plain))
 
 
 def _group(tensors: dict[str, SourceTensor]) -> dict[str, dict[str, SourceTensor]]:

@@ -17,7 +17,12 @@ ENDINGS = {
 }
 
 
-def foreign_layers(names: Iterable[str], metadata: dict[str, str]) -> dict[str, str]:
+def layer_of(name: str) -> str:
+    """The layer that a tensor of such a layout belongs to, by its name."""
+    return name.rpartition(".")[0].removesuffix("._data").removesuffix(".weight")
+
+
+def foreign_layers(names: Iterable[str]) -> dict[str, str]:
     """Tensor name -> the tool in whose layout it is."""
     found = {}
     for name in names:

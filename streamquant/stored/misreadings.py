@@ -5,7 +5,6 @@ A reading is a layout and a way to read its tensors, both lazy: nothing is decod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ Reading = tuple[str, Layout, Read]  # what would be wrong with the file, and how
 GROUPS = (256, 64, 16, 1024, 4096)  # of a Hadamard rotation, the usual first
 NAMES = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2", "I8": "INT8"}
 MOST_SCALES = 1 << 24  # scales that are taken into memory at once
+MOST_BYTES = 1 << 20  # of transposed codes that are read at once
 SWAPPED = "the two codes of every byte are swapped (the first belongs in the {} nibble)"
 
 
@@ -128,9 +128,15 @@ def _transposed(codes: SourceTensor, shape: tuple[int, ...], read: Read) -> Read
         if tensor is not codes:
             return read(tensor, begin, end)
         rows, columns = shape
-        stored = np.frombuffer(read(tensor, 0, math.prod(shape)), dtype=np.uint8).reshape(columns, rows)
         first, last = begin // columns, (end - 1) // columns + 1
-        turned = np.ascontiguousarray(stored[:, first:last].T).reshape(-1)
-        return memoryview(turned[begin - first * columns : end - first * columns])
+        turned = np.empty((last - first, columns), dtype=np.uint8)
+        step = max(MOST_BYTES // rows, 1)
+        for column in range(0, columns, step):
+            stop = min(column + step, columns)
+            # From the first byte that is wanted to the last: of one stored row, if it is a long one, no more than that.
+            raw = np.frombuffer(read(tensor, column * rows + first, (stop - 1) * rows + last), dtype=np.uint8)
+            stored = np.lib.stride_tricks.as_strided(raw, (stop - column, last - first), (rows, 1), writeable=False)
+            turned[:, column:stop] = stored.T
+        return memoryview(turned.reshape(-1)[begin - first * columns : end - first * columns])
 
     return reading

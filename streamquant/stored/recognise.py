@@ -15,7 +15,7 @@ from streamquant.checkpoint.reader import SourceTensor
 from streamquant.formats.bnb4 import DTYPE_NAMES
 
 from .four_bit import BOOK_BYTES, Blocks4bit, Nested, RotatedInt4
-from .layouts import Layout, ScaledCodes, geometry
+from .layouts import TILE_ELEMENTS, Layout, ScaledCodes, geometry
 from .microscaled import BAND, MxFp8, NvFp4
 
 COMFYUI, NODES = "stock ComfyUI", "ComfyUI with a node pack"
@@ -139,7 +139,8 @@ def _rotation(marker: dict[str, Any]) -> int:
 
 
 def _is_group(size: int, columns: int) -> bool:
-    return size > 1 and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and columns % size == 0
+    """Whether columns can be rotated in groups of this size, each within a tile."""
+    return 1 < size <= TILE_ELEMENTS and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and columns % size == 0
 
 
 def _scaled(

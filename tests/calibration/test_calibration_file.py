@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamquant.calibration import Calibration, CalibrationError, LayerStatistics, load, merge
-from streamquant.errors import CheckpointError, DestinationWriteError, SourceMissingError
+from streamquant.errors import CheckpointError, DestinationWriteError, SourceMissingError, SourceReadError
 
 N, WIDTH = 12, 5
 
@@ -191,3 +192,33 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     with pytest.raises(DestinationWriteError):
         saved(tmp_path / "no folder" / "c", a=layer())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_without_layers_is_refused(tmp_path):
+    Calibration().save(tmp_path / "c.safetensors")
+    with pytest.raises(CalibrationError, match="holds no layer"):
+        load(tmp_path / "c.safetensors")
+
+
+def test_a_file_that_changes_between_loading_and_merging_is_never_saved(tmp_path):
+    path = saved(tmp_path / "c.safetensors", a=layer(columns=2000))
+    loaded = load(path).merged(Calibration({"b": layer()}))
+    if not loaded.readers:
+        pytest.skip("files are not mapped here: what was loaded is memory of its own")
+    with open(path, "r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(SourceReadError, match="changed while|truncated"):
+        loaded.save(tmp_path / "merged.safetensors")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_let_go_with_the_last_array_of_it(tmp_path):
+    path = saved(tmp_path / "c.safetensors", a=layer())
+    before = psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0
+    calibration = load(path)
+    sketch = calibration.layers["a"].sketch
+    expected = sketch.copy()
+    del calibration
+    np.testing.assert_array_equal(sketch, expected)
+    del sketch
+    assert not hasattr(psutil.Process, "num_fds") or psutil.Process().num_fds() == before

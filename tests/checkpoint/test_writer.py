@@ -157,7 +157,7 @@ def test_small_files_are_whole_or_not_there(tmp_path, monkeypatch):
         broken.setattr(os, "replace", failing(errno.EIO))
         with pytest.raises(errors.DestinationWriteError):
             write_small_file(path, b"new", "0123abcd")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
     write_small_file(path, b"newer", "0123abcd")
     assert path.read_bytes() == b"newer" and [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
 

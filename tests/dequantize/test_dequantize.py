@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -15,7 +16,10 @@ from small_checkpoints import EVERY_FORMAT, floats, load, metadata_of, noise, sa
 
 import streamquant
 from streamquant import FormatChoice, Recipe, errors
+from streamquant.checkpoint import writer
+from streamquant.checkpoint.reader import TileReader
 from streamquant.dequantize import dequantize
+from streamquant.options import Options
 from streamquant.verify import verify
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -104,6 +108,34 @@ def test_a_number_that_the_dtype_cannot_hold_is_an_error_with_its_place(tmp_path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["quantized.safetensors"], "nothing is left behind"
     dequantize(quantized, tmp_path / "plain.safetensors", dtype=dtype, allow_nonfinite=True)
     assert not torch.isfinite(load_file(tmp_path / "plain.safetensors")["a.weight"]).all()
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
+    """There is no --resume here, and nothing is kept."""
+    quantized = save(tmp_path / "quantized.safetensors", bnb4(weight(64, 64)).named("a"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "write_at", full)
+    with pytest.raises(errors.DestinationWriteError, match="No space left on device; nothing is left behind") as caught:
+        dequantize(quantized, tmp_path / "plain.safetensors")
+    assert "resume" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["quantized.safetensors"]
+
+
+@pytest.mark.parametrize("io", ["pread", "mmap"])
+def test_a_source_that_changes_is_told_without_words_of_what_is_kept(tmp_path, monkeypatch, io):
+    quantized = save(tmp_path / "quantized.safetensors", bnb4(weight(64, 64)).named("a"))
+    tile = TileReader.tile
+
+    def changed(*arguments):
+        os.utime(quantized, ns=(1, 1))
+        return tile(*arguments)
+
+    monkeypatch.setattr(TileReader, "tile", changed)
+    with pytest.raises(errors.SourceReadError, match="changed while it was being read: start again when nothing writes to it"):
+        dequantize(quantized, tmp_path / "plain.safetensors", options=Options(io=io))
 
 
 def test_refusals(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_why_numba_cannot_run_is_said_in_words(monkeypatch):
         assert kernels.available()["torch (CPU)"] == "torch is not installed"
     finally:
         dispatch.why_no_jit.cache_clear()
+
+
+def test_numba_that_is_switched_off_is_done_without():
+    program = "from streamquant.kernels import TorchBackend, select; assert type(select('cpu')) is TorchBackend"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_the_compiled_backend_never_imports_torch():

@@ -22,7 +22,7 @@ from streamquant.verify import verify
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
-from streamquant.pages import write_conversion_page, write_verdict_page
+from streamquant.pages import prepare_page, write_conversion_page, write_verdict_page
 from streamquant.pages.pictures import Point, blocks_and_kinds, error_against_size, heat_map
 from streamquant.pages.samples import BINS, histogram, sample_layers
 
@@ -196,3 +196,10 @@ def test_choosing_a_layer_in_a_real_browser_draws_its_histograms(files, tmp_path
         assert len(figures) == len(drawn)
         for heights, found in zip(figures, drawn, strict=True):
             assert heights == pytest.approx([120 * count / max(found["counts"]) for count in found["counts"]])
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.DestinationWriteError, match="mend the cause, or name another folder with --report") as caught:
+        prepare_page(tmp_path / "file" / "page")
+    assert "resume" not in str(caught.value)

@@ -150,6 +150,11 @@ def test_a_plain_float8_cast_has_no_scale_and_no_fault(tmp_path):
             "rotation by groups of 48",
         ),
         (
+            {"weight": noise("I8", 1, 4**10), "weight_scale": noise("F32", 1, 1)}
+            | {"comfy_quant": json_tensor({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 4**10})},
+            "rotation by groups of 1048576",  # more than a tile
+        ),
+        (
             {k: v for k, v in bnb4(weight(64, 64), nested=True).tensors.items() if "nested_quant_map" not in k},
             "what decodes it is missing",
         ),

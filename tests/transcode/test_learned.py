@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from conversions import Watcher, interrupt
 from safetensors import safe_open
 from small_checkpoints import LEARNED_CHOICES, floats, load, metadata_of, of_values, save
 
-from streamquant import FormatChoice, Recipe, budget, errors, pour
+from streamquant import FormatChoice, Recipe, budget, errors, pour, transcode
 from streamquant.calibration import Calibration, LayerStatistics
 from streamquant.calibration.sketch import probe
+from streamquant.checkpoint.mapping import why_no_mapping
 from streamquant.formats import FORMATS
 from streamquant.kernels import TorchBackend
 from streamquant.kernels.refine import refine
@@ -178,6 +180,41 @@ def test_another_calibration_is_another_conversion(source, calibration, tmp_path
         convert(source, path, recipe("int8-row", other), resume=True)
 
 
+def test_a_calibration_replaced_after_it_was_hashed_is_an_error(source, calibration, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration.read_bytes())
+    know = transcode.LayerKnowledge
+
+    def replaced(*arguments):
+        """Between the plan, which has the file's hash in it, and the loading."""
+        whole = path.read_bytes()
+        path.write_bytes(whole)
+        os.utime(path, ns=(1, 1))
+        return know(*arguments)
+
+    monkeypatch.setattr(transcode, "LayerKnowledge", replaced)
+    with pytest.raises(errors.SourceReadError, match=r"c\.safetensors changed after .*convert again"):
+        convert(source, tmp_path / "o.safetensors", recipe("int8-row", path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_calibration_changed_while_it_is_used_is_an_error(source, calibration, tmp_path, monkeypatch):
+    if why_no_mapping():
+        pytest.skip("files are not mapped here: what was loaded is memory of its own")
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration.read_bytes())
+    begin = transcode.open_session
+
+    def changed(*arguments, **named):
+        os.utime(path, ns=(1, 1))
+        return begin(*arguments, **named)
+
+    monkeypatch.setattr(transcode, "open_session", changed)
+    with pytest.raises(errors.SourceReadError, match=r"c\.safetensors changed while"):
+        convert(source, tmp_path / "o.safetensors", recipe("int8-row", path))
+    assert not (tmp_path / "o.safetensors").exists()
+
+
 @pytest.mark.parametrize("objective", ["svd"])
 def test_the_peers_objective_is_there_and_called_by_its_name(source, tmp_path, monkeypatch, objective):
     wanted = recipe("int8-rotated", None, objective=objective)
@@ -212,6 +249,23 @@ def test_what_is_not_known_is_said(source, tmp_path):
     for name, tensor in load(tmp_path / "plain.safetensors").items():
         if name in absmax:
             assert (absmax[name] >= np.float32(0.9499) * np.frombuffer(tensor.data, np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("base", "custom", "words"),
+    [
+        ("nf4", None, "of 6 layers: rounded to nearest, with searched scales. --calib"),
+        ("int8", None, "of 6 layers: rounded to nearest. --calib"),
+        ("fp8", "nf4", "of 6 layers: rounded to nearest, 2 of them with searched scales. --calib"),
+    ],
+)
+def test_searched_scales_are_told_of_only_where_they_are(source, tmp_path, base, custom, words):
+    layers = r"blocks\.1\." if custom else None
+    wanted = Recipe(FormatChoice(base), preset=("none",), custom_layers=layers, custom=custom and FormatChoice(custom))
+    watcher = Watcher()
+    convert(source, tmp_path / "o.safetensors", wanted, observer=watcher)
+    (note,) = (note for note in watcher.notes if note.startswith("Nothing is known"))
+    assert words in note
 
 
 @pytest.mark.parametrize("mode", ["row", "block"])

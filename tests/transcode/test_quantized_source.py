@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from conversions import files, interrupt, whole
+from conversions import Watcher, files, interrupt, whole
 from others_layers import EVERY_LAYOUT, bnb4, float8, json_tensor, legacy_float8, plain_cast, weight
-from small_checkpoints import EVERY_FORMAT, Tensor, floats, load, metadata_of, of_values, sample, save
+from small_checkpoints import EVERY_FORMAT, Tensor, floats, load, metadata_of, noise, of_values, sample, save
 
 import streamquant
 from streamquant import FormatChoice, Recipe, budget, errors
@@ -187,3 +187,29 @@ def test_nan_among_the_codes_is_named(tmp_path):
     tensors["a.comfy_quant"] = json_tensor({"format": "float8_e4m3fn"})
     with pytest.raises(errors.NonFiniteError, match=r"a\.weight\[3, 5\] is nan"):
         convert(save(tmp_path / "q.safetensors", tensors), tmp_path / "out.safetensors", Recipe(FormatChoice("int8")))
+
+
+FOREIGN = {
+    "gptq": {"g.qweight": noise("I32", 8, 64), "g.scales": floats(1, 64, dtype="F16"), "g.g_idx": noise("I32", 64)},
+    "quanto": {"q.weight._data": noise("I8", 64, 64), "q.weight._scale": floats(64, 1, dtype="F16"), "q.input_scale": floats(dtype="F16")},
+    "quanto 4-bit": {"q.weight._data._data": noise("U8", 64, 64), "q.weight._scale": floats(64, 1, dtype="F16")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", FOREIGN)
+def test_layers_of_other_tools_are_copied_as_they_are_and_never_cast(tmp_path, tool):
+    """Their scales in another dtype would be other weights."""
+    tensors = FOREIGN[tool] | {"a.weight": floats(64, 64), "a.bias": floats(64, dtype="F16")}
+    watcher = Watcher()
+    recipe = Recipe(FormatChoice("fp8"), preset=("none",), cast="BF16")
+    convert(save(tmp_path / "s.safetensors", tensors), tmp_path / "out.safetensors", recipe, observer=watcher)
+    found = load(tmp_path / "out.safetensors")
+    assert {name: found[name] for name in FOREIGN[tool]} == FOREIGN[tool] and found["a.bias"].dtype == "BF16"
+    assert any("cannot be decoded here, and copied as they are" in note for note in watcher.notes), watcher.notes
+
+
+@pytest.mark.parametrize("tool", FOREIGN)
+def test_a_source_of_another_tool_is_called_by_its_name(tmp_path, tool):
+    source = save(tmp_path / "s.safetensors", FOREIGN[tool])
+    with pytest.raises(errors.NothingToConvertError, match="it was quantized by (GPTQ or AWQ|optimum-quanto)"):
+        convert(source, tmp_path / "out.safetensors", Recipe(FormatChoice("fp8"), preset=("none",)))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from small_checkpoints import Tensor, save
+from small_checkpoints import Tensor, load, metadata_of, save
 
 import streamquant
 from streamquant import FormatChoice, Recipe
@@ -39,3 +39,18 @@ def test_memory_does_not_grow_with_the_layer(tmp_path, kind):
     assert peak(lambda: verify(source, output, options=ONE_THREAD)) < LIMIT
     plain = tmp_path / "plain.safetensors"
     assert peak(lambda: dequantize(output, plain, force=True, options=ONE_THREAD)) < LIMIT
+
+
+def test_a_suspect_is_looked_into_by_tiles_too(tmp_path):
+    """Every other reading of a layer is tried, stored transposed among them: none takes the layer into memory."""
+    rows, columns = 4096, 8192
+    bits = np.random.default_rng(0).integers(0x3C00, 0x3E00, rows * columns).astype(np.uint16)
+    source = save(tmp_path / "source.safetensors", {"a.weight": Tensor("BF16", (rows, columns), bits.tobytes())})
+    output = tmp_path / "output.safetensors"
+    streamquant.convert(source, output, Recipe(FormatChoice("fp8", rounding="rtn")))
+    tensors = load(output)
+    codes = np.frombuffer(tensors["a.weight"].data, np.uint8).reshape(rows, columns)
+    save(output, tensors | {"a.weight": Tensor("F8_E4M3", (rows, columns), codes.T.tobytes())}, metadata_of(output))
+    found = []
+    assert peak(lambda: found.append(verify(source, output, options=Options(threads=1, io="pread")))) < rows * columns
+    assert [layer.cause for layer in found[0].layers] == ["it is stored transposed"]
