@@ -217,7 +217,7 @@ def journal(data: bytes) -> None:
 
 def write(data: bytes) -> None:
     """`layout` and `build_header` from any names, types, shapes and metadata: what they write is read, by both."""
-    tensors, metadata, size = _made_of(data)
+    tensors, metadata = _made_of(data)
     try:
         placed = h.layout(tensors)
         built = h.build_header(placed, metadata)
@@ -279,7 +279,7 @@ def _same_gguf(ours: GgufSummary, path: Path) -> None:
     _require(set(fields) <= {"general.architecture", "general.file_type"}, f"metadata was left out: {list(fields)}")
 
 
-def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str], int]:
+def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]:
     dtypes = list(h.DTYPE_BITS)
     tensors, metadata = {}, {}
     for number, piece in enumerate(data[:4096].split(b"\xfe")):
@@ -291,7 +291,7 @@ def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[
         elif name not in tensors:
             shape = tuple(int(byte) % 9 for byte in piece[1 : 1 + piece[2] % 4]) + ((8,) if piece[2] & 64 else ())
             tensors[name] = (name, dtypes[piece[0] % len(dtypes)], shape)
-    return list(tensors.values()), metadata, len(data)
+    return list(tensors.values()), metadata
 
 
 def _decodes(piece: bytes) -> bool:

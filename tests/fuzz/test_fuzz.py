@@ -8,7 +8,7 @@ import os
 import pytest
 from fuzz.campaign import SHARES, fuzz, write_corpus
 
-SECONDS = int(os.environ.get("FUZZ_TEST_SECONDS", "60"))  # of all together
+SECONDS = int(os.environ.get("FUZZ_TEST_SECONDS", "65"))  # of all together
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None, reason="atheris is missing, which has wheels for Linux on x86-64 alone"
