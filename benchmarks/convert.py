@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import ours, results
+from benchmarks import ours, peers, results
 from benchmarks.cases import Case
-from benchmarks.peers import CONVERT_TO_QUANT, PeerError
-from benchmarks.race import Contender, Outcome, race, shout
+from benchmarks.peers import CONVERT_TO_QUANT
+from benchmarks.race import Contender, Outcome, race
 from benchmarks.results import Result
 from benchmarks.sources import SPARSE, prepare
 from benchmarks.units import parse_size
@@ -95,7 +95,11 @@ def _case(
         copied, converted = start([Contender("cp", copy), contender], settings.runs)
     outcomes = [(copied, None), (converted, copied)]
     if settings.peer and checkpoint.stat().st_size <= 1.05 * parse_size(settings.peer_largest):
-        outcomes.append((_peer(case, settings.workdir, start, console), converted))
+        # It runs once, being many times slower than the differences between its runs.
+        peer = peers.converted(
+            lambda: CONVERT_TO_QUANT.contender(case, settings.workdir), lambda one: start([one], PEER_RUNS)[0], console
+        )
+        outcomes.append((peer, converted))
     threads = f"{settings.threads} threads" if settings.threads else ""
     return [
         results.result(
@@ -115,12 +119,3 @@ def _case(
         )
         for outcome, other in outcomes
     ]
-
-
-def _peer(case: Case, workdir: Path, start: Callable[[Sequence[Contender], int], list[Outcome]], console: Console) -> Outcome:
-    """Return the peer's outcome: it runs once, being many times slower than the differences between its runs."""
-    try:
-        return start([CONVERT_TO_QUANT.contender(case, workdir)], PEER_RUNS)[0]
-    except PeerError as error:
-        shout(console, f"{CONVERT_TO_QUANT.name} DOES NOT TAKE PART: {error}")
-        return Outcome(CONVERT_TO_QUANT.name, failure=str(error))

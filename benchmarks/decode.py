@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +17,9 @@ from rich.console import Console
 
 from benchmarks import results
 from benchmarks.machine import installed
-from benchmarks.peers import PeerError
-from benchmarks.race import shout
 from benchmarks.results import Result
 from benchmarks.rivals import Crew, Remote
+from benchmarks.turns import take_turns
 from streamquant.formats import fp8, int8
 from streamquant.kernels import bnb4
 from streamquant.kernels import fp8 as fp8_kernels
@@ -171,49 +171,24 @@ def run(
                 if workdir is not None and device == "cpu":
                     known = {name for name, _ in entries}
                     entries += [entry for entry in crew.entries(operation, decodes=True) if entry[0] not in known]
-                found = _race(operation, entries, there, runs, console)
+                where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+                case = f"{operation} {shape[0]}x{shape[1]} to bf16, {where}"
+                with torch.inference_mode():
+                    found = take_turns(
+                        BENCHMARK, case, entries, partial(_try_out, weight=there), partial(_seconds, device=device), runs,
+                        console, size_bytes=there.nbytes, device=device,
+                    )  # fmt: skip
                 record(found)
                 rows += found
     console.print(results.table(rows))
     return rows
 
 
-def _race(operation: str, entries: Sequence[Entry], weight: torch.Tensor, runs: int, console: Console) -> list[Result]:
-    """Time the contenders in turn, so that what slows the machine down slows all of them."""
-    device = weight.device.type
-    ready: dict[str, Decode] = {}
-    failures: dict[str, str] = {}
-    with torch.inference_mode():
-        for name, load in entries:
-            try:
-                decode = load()
-                # Once unmeasured: the first call pays for imports and compilation. A wrong decoder takes no part.
-                error = ((decode().float() - weight.float()).norm() / weight.float().norm()).item()
-                if error > 0.2:
-                    raise RuntimeError(f"decodes with a relative error of {error:.2f}")
-                ready[name] = decode
-            except (ImportError, RuntimeError, PeerError) as error:
-                failures[name] = f"{type(error).__name__}: {error}"
-                shout(console, f"{name} DOES NOT TAKE PART in {operation} on {device}: {failures[name]}")
-        seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
-        for _ in range(runs):
-            for name, decode in ready.items():
-                seconds[name].append(_seconds(decode, device))
-    first = entries[0][0]
-    where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    return [
-        results.result(
-            BENCHMARK,
-            f"{operation} {weight.shape[0]}x{weight.shape[1]} to bf16, {where}",
-            name,
-            seconds[name],
-            size_bytes=weight.nbytes,
-            ratio_to=(first, seconds[first]) if name != first else None,
-            device=device,
-            note=failures.get(name, ""),
-        )
-        for name, _ in entries
-    ]
+def _try_out(decode: Decode, weight: torch.Tensor) -> None:
+    """A wrong decoder takes no part."""
+    error = ((decode().float() - weight.float()).norm() / weight.float().norm()).item()
+    if error > 0.2:
+        raise RuntimeError(f"decodes with a relative error of {error:.2f}")
 
 
 def _seconds(decode: Decode | Remote, device: str) -> float:

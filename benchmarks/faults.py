@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks import ours, results
 from benchmarks.cases import Case
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
+from benchmarks.process import environment
 from benchmarks.race import Contender, lacking_room, shout
 from benchmarks.results import SECONDS, Result
 from benchmarks.sources import prepare
@@ -82,7 +83,9 @@ def watch(command: Sequence[str], log: Path, stop: Callable[[int, float], bool] 
     """
     with log.open("wb") as printed:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, env=environment(), start_new_session=True
+        )
         first, written = None, 0
         try:
             # WNOWAIT: what has ended stays readable until it is waited for.

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine, results
-from benchmarks.race import shout
 from benchmarks.results import Result
+from benchmarks.turns import take_turns
 from streamquant.kernels import gpu
 from streamquant.kernels.codebooks import CODE_BOOKS, DYNAMIC_MAP
 
@@ -62,7 +62,7 @@ def run(
     found = []
     for operation in operations(rows, columns, device):
         if only in operation.name:
-            timed = _race(operation, f"{rows}x{columns}", runs, device, console)
+            timed = _timed(operation, f"{rows}x{columns}", runs, device, console)
             record(timed)
             found += timed
     console.print(results.table(found))
@@ -244,39 +244,14 @@ def _copy(moved_bytes: int, device: str) -> Run:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def _race(operation: Operation, shape: str, runs: int, device: str, console: Console) -> list[Result]:
-    """Every contender in turn, round after round, so that a clock that changes changes for all."""
+def _timed(operation: Operation, shape: str, runs: int, device: str, console: Console) -> list[Result]:
     entries = list(operation.entries)
     if operation.moved_bytes is not None:
         entries.insert(0, (COPY, partial(_copy, operation.moved_bytes, device)))
-    ready: dict[str, Run] = {}
-    failures: dict[str, str] = {}
-    for name, load in entries:
-        try:
-            function = load()
-            function()  # once unmeasured: it is compiled, and its memory taken
-            ready[name] = function
-        except (ImportError, RuntimeError) as error:
-            failures[name] = f"{type(error).__name__}: {error}"
-            shout(console, f"{name} DOES NOT TAKE PART: {failures[name]}")
-    seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
-    for _ in range(runs):
-        for name, function in ready.items():
-            seconds[name].append(_seconds(function, device))
-    first = entries[0][0]
-    return [
-        results.result(
-            BENCHMARK,
-            f"{operation.name} {shape}",
-            name,
-            seconds[name],
-            size_bytes=operation.moved_bytes,
-            ratio_to=(first, seconds[first]) if name != first else None,
-            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-            note=failures.get(name, ""),
-        )
-        for name, _ in entries
-    ]
+    return take_turns(
+        BENCHMARK, f"{operation.name} {shape}", entries, lambda function: function(), partial(_seconds, device=device), runs,
+        console, size_bytes=operation.moved_bytes, device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+    )  # fmt: skip
 
 
 def _seconds(function: Run, device: str) -> float:

@@ -17,10 +17,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.peers import PeerError
-from benchmarks.race import shout
 from benchmarks.results import Result
 from benchmarks.rivals import Crew, Remote
+from benchmarks.turns import take_turns
 from streamquant.formats import Format, bnb4, fp8, int8
 from streamquant.kernels import JitBackend, TorchBackend, why_no_jit
 
@@ -119,44 +118,15 @@ def run(
     with Crew(weight, workdir or Path(), threads) as crew:
         for operation in operations:
             others = crew.entries(operation, decodes=False) if workdir is not None else []
-            operation_rows = _race(operation, [*find(operation, threads), *others], weight, runs, threads, console)
-            record(operation_rows)
-            rows += operation_rows
+            case = f"{operation} {shape[0]}x{shape[1]} bf16, {threads} threads"
+            found = take_turns(
+                BENCHMARK, case, [*find(operation, threads), *others], lambda quantize: quantize(weight),
+                lambda quantize: _seconds(quantize, weight), runs, console, size_bytes=weight.nbytes,
+            )  # fmt: skip
+            record(found)
+            rows += found
     console.print(results.table(rows))
     return rows
-
-
-def _race(
-    operation: str, entries: Sequence[Entry], weight: torch.Tensor, runs: int, threads: int, console: Console
-) -> list[Result]:
-    ready: dict[str, Quantize] = {}
-    failures: dict[str, str] = {}
-    for name, load in entries:
-        try:
-            ready[name] = load()
-            # Once unmeasured: the first call pays for imports, compilation and fresh memory.
-            ready[name](weight[:128])
-        except (ImportError, RuntimeError, PeerError) as error:
-            ready.pop(name, None)
-            failures[name] = f"{type(error).__name__}: {error}"
-            shout(console, f"{name} DOES NOT TAKE PART: {failures[name]}")
-    seconds: dict[str, list[float]] = {name: [] for name, _ in entries}
-    for _ in range(runs):
-        for name, quantize in ready.items():
-            seconds[name].append(_seconds(quantize, weight))
-    first = entries[0][0]
-    return [
-        results.result(
-            BENCHMARK,
-            f"{operation} {weight.shape[0]}x{weight.shape[1]} bf16, {threads} threads",
-            name,
-            seconds[name],
-            size_bytes=weight.nbytes,
-            ratio_to=(first, seconds[first]) if name != first else None,
-            note=failures.get(name, ""),
-        )
-        for name, _ in entries
-    ]
 
 
 def _seconds(quantize: Quantize | Remote, weight: torch.Tensor) -> float:

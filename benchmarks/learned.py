@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks import results
+from benchmarks import cache, peers, results
 from benchmarks.checkpoints import write_checkpoint
-from benchmarks.peers import CONVERT_TO_QUANT, PeerError
-from benchmarks.race import Contender, Outcome, race, shout
+from benchmarks.peers import CONVERT_TO_QUANT
+from benchmarks.race import Contender, Outcome, race
 from benchmarks.results import Result
 from streamquant.calibration import Calibration, LayerStatistics
 from streamquant.calibration.sketch import DEFAULT_RANK, OVERSAMPLING, probe
@@ -72,16 +72,11 @@ def run(
     Calibration({LAYER: statistics(columns)}).save(calibration)
 
     def start(contender: Contender, times: int) -> Outcome:
-        return race([contender], source, folder, times, lambda _: "warm", console)[0]
+        return race([contender], source, folder, times, cache.keep, console)[0]
 
     mine = ours(calibration)
     start(mine, 1)  # compiled code is made once on a machine, not once a conversion
-    outcomes = [start(mine, runs)]
-    try:
-        outcomes.append(start(find_peer(workdir), 1))
-    except PeerError as error:
-        shout(console, f"{CONVERT_TO_QUANT.name} DOES NOT TAKE PART: {error}")
-        outcomes.append(Outcome(CONVERT_TO_QUANT.name, failure=str(error)))
+    outcomes = [start(mine, runs), peers.converted(lambda: find_peer(workdir), lambda one: start(one, 1), console)]
     measured = [
         results.result(
             BENCHMARK,

@@ -6,13 +6,14 @@ The peer, whose memory does depend on them, converts the files that it can hold,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import cache, ours, results
+from benchmarks import cache, ours, peers, results
 from benchmarks.cases import Case
-from benchmarks.peers import CONVERT_TO_QUANT, PeerError
+from benchmarks.peers import CONVERT_TO_QUANT
 from benchmarks.race import Contender, Outcome, race, shout
 from benchmarks.results import Result
 from benchmarks.sources import prepare
@@ -40,46 +41,32 @@ def run(
     """
     scratch = workdir / "out"
     idle = ours.baseline(scratch, console)
-    rows = []
+    rows: list[Result] = []
+
+    def keep(row: Result) -> None:
+        record([row])
+        rows.append(row)
+        console.print(results.table([row]))
+
     for file in files:
         try:
             checkpoint = prepare(workdir, file, console)
         except OSError as error:
             shout(console, f"{file} LEFT OUT: {error}")
-            row = results.result(BENCHMARK, "all", ours.NAME, (), source=file, note=str(error))
-            record([row])
-            rows.append(row)
+            keep(results.result(BENCHMARK, "all", ours.NAME, (), source=file, note=str(error)))
             continue
+
+        def start(contender: Contender, case: Case, checkpoint: Path = checkpoint) -> Outcome:
+            return race([contender], checkpoint, scratch / case.name, 1, cache.keep, console)[0]
+
         for case in cases:
             for budget in budgets:
-                contender = make_ours(case, budget)
-                outcome = race([contender], checkpoint, scratch / case.name, 1, cache.keep, console)[0]
-                row = _row(case.name, file, outcome, checkpoint, parse_size(budget), idle)
-                record([row])
-                rows.append(row)
-                console.print(results.table([row]))
+                keep(_row(case.name, file, start(make_ours(case, budget), case), checkpoint, parse_size(budget), idle))
         if file in peer_files:
             for case in [case for case in cases if case.peer is not None][:1]:
-                row = _row(case.name, file, _peer(case, checkpoint, scratch, workdir, find_peer, console), checkpoint)
-                record([row])
-                rows.append(row)
-                console.print(results.table([row]))
+                outcome = peers.converted(partial(find_peer, case, workdir), partial(start, case=case), console)
+                keep(_row(case.name, file, outcome, checkpoint))
     return rows
-
-
-def _peer(
-    case: Case,
-    checkpoint: Path,
-    scratch: Path,
-    workdir: Path,
-    find_peer: Callable[[Case, Path], Contender],
-    console: Console,
-) -> Outcome:
-    try:
-        return race([find_peer(case, workdir)], checkpoint, scratch / case.name, 1, cache.keep, console)[0]
-    except PeerError as error:
-        shout(console, f"{CONVERT_TO_QUANT.name} DOES NOT TAKE PART: {error}")
-        return Outcome(CONVERT_TO_QUANT.name, failure=str(error))
 
 
 def _row(

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from benchmarks.cases import Case
 from benchmarks.machine import REPOSITORY
-from benchmarks.race import Contender
+from benchmarks.race import Contender, Outcome, shout
 
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 TORCH = "torch==2.13.0"
@@ -66,6 +69,15 @@ CONVERT_TO_QUANT = Peer(
     requirements=("convert-to-quant==1.3.4", "safetensors", "tqdm", "scipy", "triton"),
     program="convert_to_quant",
 )
+
+
+def converted(find: Callable[[], Contender], start: Callable[[Contender], Outcome], console: Console) -> Outcome:
+    """The converter's outcome once it is found and started; where it cannot take part, why."""
+    try:
+        return start(find())
+    except PeerError as error:
+        shout(console, f"{CONVERT_TO_QUANT.name} DOES NOT TAKE PART: {error}")
+        return Outcome(CONVERT_TO_QUANT.name, failure=str(error))
 
 
 def _run(command: list[str]) -> None:

@@ -39,13 +39,11 @@ def measure(command: Sequence[str], log: Path, output: Path | None = None) -> Me
     shell.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever installs a program keeps its bytecode: compiling every module at each start would be measured else.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as printed:
         began = time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, env=environment, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, env=environment(), start_new_session=True
             )
         except OSError as error:
             printed.write(f"{error}\n".encode())
@@ -54,6 +52,11 @@ def measure(command: Sequence[str], log: Path, output: Path | None = None) -> Me
         if output is not None and output.exists():
             _make_durable(output)
         return Measurement(time.perf_counter() - began, process.returncode, peak, log)
+
+
+def environment() -> dict[str, str]:
+    """Of a program that is measured. Whoever installs one keeps its bytecode: else compiling every module would be measured."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:

@@ -43,7 +43,8 @@ def run(
     folder = workdir / "tensors"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Result] = []
-    _steps(folder, 100)[1]["convert"]()  # loads and compiles
+    for step in _steps(folder, 100)[1].values():  # loads and compiles
+        step()
     _clear(folder, 100)
     for count in counts:
         source, steps = _steps(folder, count)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks.report import style
-from benchmarks.report.selection import CONVERSIONS, OURS, PEER, conversions
+from benchmarks.report.selection import CONVERSIONS, OURS, PEER, conversions, recoveries
 from benchmarks.results import Result
 
 MEMORY_CASES = ("fp8-tensor", "int8-row", "nf4", "nf4-double")
@@ -91,26 +91,21 @@ def memory(rows: Sequence[Result], path: Path) -> Path | None:
 
 def recovery(rows: Sequence[Result], path: Path) -> Path | None:
     """What a kill costs at each moment: time lost, and bytes written again; None without results."""
-    newest: dict[tuple[str, str, str, str], Result] = {}
-    for row in rows:
-        if row.p50 is not None:
-            newest[row.case, row.contender, row.metric, row.detail] = row
-    lines = [key for key in newest if key[2] == "share lost"]
-    if not lines:
+    found = recoveries(rows)
+    if not found:
         return None
     titles = {"int8-default": "INT8, as it comes", "headline": "NF4 + FP8, as it comes"}
-    lines.sort(key=lambda key: (key[1] != OURS, key[0], int(key[3].split()[-1].rstrip("%"))))
-    names = [f"{titles.get(key[0], CONVERSIONS.get(key[0], key[0]))}, {key[3]}" for key in lines]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(lines) + 1.7), sharey=True, layout="constrained")
-    for place, (case, name, _, moment) in enumerate(lines):
+    names = [f"{titles.get(case, CONVERSIONS.get(case, case))}, {moment}" for case, _, moment in found]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(found) + 1.7), sharey=True, layout="constrained")
+    for place, ((_, name, _), by_metric) in enumerate(found.items()):
         # Noise can make a run that went on faster than the uninterrupted one.
-        lost = max(newest[case, name, "share lost", moment].p50, 0)
+        lost = max(by_metric["share lost"].p50, 0)
         left.barh(place, 100 * lost, height=0.6, color=style.look(name)["color"], label=name)
         left.annotate(
             f"{100 * lost:.0f} %", (100 * lost, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
         )
-        again = newest.get((case, name, "bytes written again", moment))
-        if name == OURS and again is not None:
+        if name == OURS:
+            again = by_metric["bytes written again"]
             share = 100 * max(again.p50, 0) / again.output_bytes
             right.barh(place, share, height=0.6, color=style.look(name)["color"])
             right.annotate(
@@ -130,24 +125,21 @@ def recovery(rows: Sequence[Result], path: Path) -> Path | None:
 
 
 def tensor_counts(rows: Sequence[Result], path: Path) -> Path | None:
-    """Seconds against how many tensors a file of one size has; None without results."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    """Seconds of each step against how many tensors a file has, the newest of each number; None without results."""
+    points: dict[str, dict[int, float]] = {}
     for row in rows:
-        count = next(
-            (word.replace(",", "") for word in f"{row.source} {row.case}".split() if word.replace(",", "").isdigit()), ""
-        )
-        if row.p50 is not None and count and row.metric == "seconds":
-            points.setdefault(row.contender, []).append((int(count), row.p50))
+        if row.p50 is not None:
+            points.setdefault(row.contender, {})[int(row.case.partition(" ")[0])] = row.p50
     if not points:
         return None
     figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     # What is compared are the steps of one program, which have no colours of their own.
     for (name, found), look in zip(points.items(), itertools.cycle(style.TOOLS.values())):
-        axis.plot(*zip(*sorted(found), strict=True), markersize=5, linewidth=1.4, label=name, **look)
+        axis.plot(*zip(*sorted(found.items()), strict=True), markersize=5, linewidth=1.4, label=name, **look)
     axis.set(
         xscale="log", yscale="log", xlabel="tensors in the file", ylabel="seconds", title="Time against the number of tensors"
     )
-    counts = sorted({count for found in points.values() for count, _ in found})
+    counts = sorted(set().union(*points.values()))
     axis.set_xticks(counts, [f"{count:,}" for count in counts])
     axis.set_xticks([], minor=True)
     style.legend_below(figure, axis)

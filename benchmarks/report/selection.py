@@ -46,16 +46,41 @@ def by_contender(heat: Iterable[Result]) -> dict[str, Result]:
     return {row.contender: row for row in heat}
 
 
+def is_cold(row: Result) -> bool:
+    """Whether the source was read from the disk (see `benchmarks.cache`), as the documents say of whole conversions."""
+    return row.cache.startswith("cold")
+
+
 def conversions(rows: Sequence[Result], source: str) -> dict[str, dict[str, Result]]:
-    """Of each conversion of `source`, its newest complete session: rows by contender."""
+    """Of each conversion of `source`, its newest session that is complete and cold: rows by contender."""
 
     def complete(heat: list[Result]) -> bool:
         found = by_contender(heat)
         needed = ["cp", OURS, *([PEER] if CASES[heat[0].case].peer is not None else [])]
-        return all(name in found and found[name].p50 is not None for name in needed)
+        return all(name in found and found[name].p50 is not None and is_cold(found[name]) for name in needed)
 
     newest = results.newest([row for row in rows if row.source == source], complete)
     return {case: by_contender(newest[case, source]) for case in CONVERSIONS if (case, source) in newest}
+
+
+def recoveries(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, Result]]:
+    """Of each killed conversion, its newest cold session: (case, contender, moment) -> rows by metric; ours first.
+
+    Under "uninterrupted" stands the seconds of the uninterrupted run.
+    """
+    found = {}
+    for name in dict.fromkeys(row.contender for row in rows):
+        mine = [row for row in rows if row.contender == name and row.p50 is not None and is_cold(row)]
+        for (case, _), heat in results.newest(mine, lambda heat: any(row.metric == "share lost" for row in heat)).items():
+            whole = {row.detail: row for row in heat if row.metric == results.SECONDS}
+            for moment in dict.fromkeys(row.detail for row in heat if row.metric == "share lost"):
+                by_metric = {row.metric: row for row in heat if row.detail == moment}
+                found[case, name, moment] = by_metric | {"uninterrupted": whole["uninterrupted"]}
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] != OURS, item[0][0], _percent(item[0][2]))))
+
+
+def _percent(moment: str) -> int:
+    return int(moment.split()[-1].rstrip("%"))
 
 
 def operations(rows: Sequence[Result], titles: dict[str, str] = KERNELS) -> dict[str, dict[str, Result]]:

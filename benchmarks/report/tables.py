@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import CASES
 from benchmarks.report.equal_bytes import AS_IT_COMES, CALIBRATED, PANELS, points
-from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations
+from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations, recoveries
 from benchmarks.results import Result
 
 SIZE = "4GB"
@@ -100,27 +100,20 @@ def quality_table(rows: Sequence[Result]) -> str:
 
 def recovery_table(rows: Sequence[Result]) -> str:
     """What a kill costs, newest of each case and moment."""
-    newest = {(row.case, row.contender, row.detail, row.metric): row for row in rows if row.p50 is not None}
-    cells = list(dict.fromkeys(key[:3] for key in newest if key[3] == "share lost"))
-    if not cells:
+    found = recoveries(rows)
+    if not found:
         return "Not measured yet.\n"
     lines = []
-    for cell in sorted(cells, key=lambda cell: (cell[1] != OURS, cell[0], cell[2])):
-        case, name, moment = cell
-
-        def value(metric: str, moment: str = moment, case: str = case, name: str = name) -> float | None:
-            row = newest.get((case, name, moment, metric))
-            return None if row is None else row.p50
-
-        again, first = value("bytes written again"), value("seconds to first write")
-        mine, title = name == OURS, CONVERSIONS.get(case, case)
+    for (case, name, moment), by_metric in found.items():
+        value = {metric: row.p50 for metric, row in by_metric.items()}
+        again, first = value["bytes written again"], value.get("seconds to first write")
+        mine = name == OURS
         lines.append(
-            [name, title, moment, f"{value('seconds', 'uninterrupted'):.1f} s",
-             f"{value('seconds'):.1f} s", f"{value('seconds lost'):.1f} s",
-             f"{max(again, 0) / 1e6:.1f} MB" if mine and again is not None else "everything",
+            [name, CONVERSIONS.get(case, case), moment, f"{value['uninterrupted']:.1f} s", f"{value['seconds']:.1f} s",
+             f"{value['seconds lost']:.1f} s", f"{max(again, 0) / 1e6:.1f} MB" if mine else "everything",
              f"{first:.1f} s" if mine and first is not None else ""]
         )  # fmt: skip
     heads = ["", "to", "", "uninterrupted", "going on", "lost in all", "written again", "until it writes again"]
-    shown = [newest[key] for key in newest if key[:3] in cells]
+    shown = [row for by_metric in found.values() for row in by_metric.values()]
     source = ", ".join(sorted({row.source for row in shown}))
     return f"{markdown(heads, lines)}\nMedians; source of {source}, cold. {machine(shown)}.\n"

@@ -214,7 +214,7 @@ def gguf_view(found: GgufSummary) -> list[Table | Text]:
             made.add_row(name_of(kind.name, 40), *row)
         parts.append(made)
     elif not found.complete:
-        parts.append(Text("Its types and metadata are not shown: that needs the gguf package (pip install gguf)."))
+        parts.append(Text("Its types are not shown: that needs the gguf package (pip install gguf)."))
     parts += [Text(""), _line("loads in", "llama.cpp, and ComfyUI with a node pack for GGUF; streamquant does not convert it")]
     if found.metadata:
         parts.append(_line("metadata", _metadata({name: str(value) for name, value in found.metadata.items()})))

@@ -40,7 +40,9 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=300)
 
 
-def writer(name: str = "streamquant", odd: bool = False, pause: float = 0.01) -> Contender:
+def writer(name: str = "streamquant", odd: bool = False, pause: float = 0.03) -> Contender:
+    """pause: seconds after each chunk, so long that on a busy machine too it is met before its end."""
+
     def command(source: Path, destination: Path) -> list[str]:
         return [sys.executable, "-c", PROGRAM, str(destination), "odd" if odd else "even", str(pause)]
 

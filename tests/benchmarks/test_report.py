@@ -44,30 +44,59 @@ def test_parts_are_replaced_between_their_marks() -> None:
         marks.filled(text.replace("<!-- /report: a -->\n", ""), {"a": "", "b": ""})
 
 
-def conversion(case: str, seconds: dict[str, float | None], source: str = "4GB") -> list[Result]:
+def conversion(case: str, seconds: dict[str, float | None], source: str = "4GB", cache: str = "cold file") -> list[Result]:
     """One session: who took how long; None failed."""
     return [
         results.result(
             "convert", case, name, [] if took is None else [took], source=source, size_bytes=4 * 10**9, output_bytes=2 * 10**9,
-            peak_anonymous_bytes=100 << 20, note="" if took is not None else "has no format for it",
+            peak_anonymous_bytes=100 << 20, cache=cache, note="" if took is not None else "has no format for it",
         )
         for name, took in seconds.items()
     ]  # fmt: skip
 
 
-def test_of_each_conversion_the_newest_complete_session_is_shown() -> None:
+def test_of_each_conversion_the_newest_complete_and_cold_session_is_shown() -> None:
     rows = [
         *conversion("fp8-tensor", {"cp": 9.0, "streamquant": 9.0, PEER: 90.0}),
         *conversion("fp8-tensor", {"cp": 4.0, "streamquant": 2.0, PEER: 50.0}),
         *conversion("fp8-tensor", {"cp": 1.0, "streamquant": 1.0}),
         *conversion("fp8-tensor", {"cp": 1.0, "streamquant": 1.0, PEER: None}),
         *conversion("fp8-tensor", {"cp": 1.0, "streamquant": 1.0, PEER: 7.0}, source="1GB"),
+        *conversion("fp8-tensor", {"cp": 1.0, "streamquant": 1.0, PEER: 7.0}, cache="warm"),
         *conversion("nf4", {"cp": 4.0, "streamquant": 3.0, PEER: None}),
     ]
     lines = tables.conversion_table(rows).splitlines()
     assert lines[2] == "| FP8, tensor scale | 2.0 | 4.0 | 0.50 | 50 s, 100 MiB | 25.0 | 100 MiB |"
     assert lines[3] == "| NF4 | 3.0 | 4.0 | 0.75 | does not write it |  | 100 MiB |"
     assert rows[0].cpu in lines[-1] and rows[0].commit in lines[-1]
+
+
+def killed(seconds: float, moments: dict[str, float], name: str = "streamquant", cache: str = "cold file") -> list[Result]:
+    """One session of kills: the uninterrupted run's time; by moment the share that was lost, ten times that written again."""
+
+    def row(metric: str, value: float, detail: str) -> Result:
+        return results.result(
+            "faults", "nf4", name, [value], source="1GB", metric=metric, detail=detail, output_bytes=10**8, cache=cache
+        )
+
+    rows = [row("seconds", seconds, "uninterrupted")]
+    for moment, lost in moments.items():
+        values = {"seconds": seconds / 2, "seconds lost": lost, "share lost": lost, "bytes written again": 1e7 * lost}
+        rows += [row(metric, value, f"killed at {moment}") for metric, value in values.items()]
+    return rows
+
+
+def test_of_each_kill_the_newest_cold_session_is_shown_in_the_order_of_the_moments() -> None:
+    rows = [
+        *killed(9.0, {"10%": 0.9}, PEER), *killed(8.0, {"20%": 0.1}), *killed(4.0, {"5%": 0.3, "10%": 0.5}),
+        *killed(1.0, {"5%": 0.1, "10%": 0.1}, cache="warm"),
+    ]  # fmt: skip
+    lines = tables.recovery_table(rows).splitlines()[2:5]
+    assert lines == [
+        "| streamquant | NF4 | killed at 5% | 4.0 s | 2.0 s | 0.3 s | 3.0 MB |  |",
+        "| streamquant | NF4 | killed at 10% | 4.0 s | 2.0 s | 0.5 s | 5.0 MB |  |",
+        f"| {PEER} | NF4 | killed at 10% | 9.0 s | 4.5 s | 0.9 s | everything |  |",
+    ]
 
 
 def test_kernels_stand_beside_the_fastest_other() -> None:
@@ -157,6 +186,28 @@ def test_memory_beyond_what_was_measured_is_dashed_and_said(figures: dict, tmp_p
     sizes, peaks = dashed.get_data()
     assert sizes[0] == 4e9 and np.allclose(peaks, 2e8 + 0.6 * sizes)
     assert "<dc:date>" not in (tmp_path / "memory.svg").read_text(), "the same results give the same file"
+
+
+def test_recovery_has_a_bar_for_each_kill(figures: dict, tmp_path: Path) -> None:
+    from benchmarks.report import conversion_pictures
+
+    conversion_pictures.recovery([*killed(4.0, {"5%": 0.3, "10%": -0.1}), *killed(9.0, {"50%": 0.9}, PEER)], tmp_path / "recovery.svg")
+    left, right = figures["recovery.svg"].axes
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([30, 0, 90]), "percent of the time before the kill"
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([3, 0]), "percent of the output; the peer starts again"
+
+
+def test_of_each_number_of_tensors_the_newest_time_is_drawn(figures: dict, tmp_path: Path) -> None:
+    from benchmarks.report import conversion_pictures
+
+    rows = [
+        results.result("tensors", f"{count} tensors", name, [took])
+        for count, name, took in ((200, "plan", 2.0), (100, "plan", 9.0), (100, "open", 0.5), (100, "plan", 1.0))
+    ]
+    conversion_pictures.tensor_counts(rows, tmp_path / "tensors.svg")
+    (axis,) = figures["tensors.svg"].axes
+    drawn = {line.get_label(): [list(part) for part in line.get_data()] for line in axis.lines}
+    assert drawn == {"plan": [[100, 200], [1.0, 2.0]], "open": [[100], [0.5]]}
 
 
 def test_quality_has_a_mark_for_each_tool_and_format(figures: dict, quality: list[Result], tmp_path: Path) -> None:

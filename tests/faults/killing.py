@@ -10,16 +10,9 @@ import time
 from typing import Any
 
 from faults.power import Disk, cut, read_log
-from faults.scenarios import Ordeal
-from faults.shim import KINDS
+from faults.scenarios import EVERY, Ordeal
 
-EVERY = {"source": KINDS, "destination": KINDS}
 HOW = ("kill before", "kill after", "kill half")
-
-
-def calls_of(ordeal: Ordeal) -> int:
-    """How many calls an untouched run makes."""
-    return sum(sum(kinds.values()) for kinds in ordeal.kinds.values())
 
 
 def killed_at(ordeal: Ordeal, moments: list[tuple[int, str]]) -> int:
@@ -39,7 +32,7 @@ def killed_at(ordeal: Ordeal, moments: list[tuple[int, str]]) -> int:
 
 def random_moments(ordeal: Ordeal, dice: random.Random, times: int) -> list[tuple[int, str]]:
     """A moment of the run, then moments of its resumes, which are shorter."""
-    first = dice.randint(1, calls_of(ordeal))
+    first = dice.randint(1, ordeal.calls)
     return [(first, dice.choice(HOW)), *((dice.randint(1, 90), dice.choice(HOW)) for _ in range(times - 1))]
 
 

@@ -7,21 +7,21 @@ From a test: `from faults.record import record` (the folder `tests` is on its pa
 from __future__ import annotations
 
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-PATH = REPOSITORY / "benchmarks" / "results" / "endurance.csv"
 
 
-def record(what: str, count: int, detail: str = "", path: Path = PATH) -> None:
-    """Add a row and print it. what: the kind of attack; count: how many were survived; detail: scenarios, duration, seeds."""
+def record(what: str, count: int, detail: str = "", path: Path | None = None) -> None:
+    """Add a row and print it. what: the kind of attack; count: how many were survived; detail: scenarios, duration, seeds.
+
+    path: another file than the repository's.
+    """
     if str(REPOSITORY) not in sys.path:  # run as a program, only this file's folder is on the path
         sys.path.append(str(REPOSITORY))
-    from benchmarks import endurance, machine
+    from benchmarks import endurance, machine, results
 
-    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    endurance.append(endurance.Endured(time, what, count, detail, **machine.facts()), path)
+    endurance.append(endurance.Endured(results.now(), what, count, detail, **machine.facts()), path or endurance.PATH)
     print(f"{what}: {count:,} {detail}".rstrip(), flush=True)
 
 

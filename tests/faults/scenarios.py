@@ -15,12 +15,13 @@ from small_checkpoints import floats, noise, of_values, save
 from streamquant.calibration import Calibration, LayerStatistics
 
 TILES = {"tile_bytes": 4096, "sync_bytes": 16_000}
+EVERY = {"source": KINDS, "destination": KINDS}  # kinds of calls that may be struck
 
 
 @dataclass(frozen=True)
 class Scenario:
     """Flags of `streamquant convert`. old: the names it will write are taken by other files. calibrated: so it is learned.
-    begun: what faults strike is the resume of a run that was killed halfway."""
+    begun: what faults strike is the resume of a run that was killed after three quarters of its calls."""
 
     flags: str
     old: bool = False
@@ -86,6 +87,11 @@ class Ordeal:
         self.whole = contents(folder / "whole")
         self.old = dict.fromkeys(self.whole, b"an old file") if self.scenario.old else {}
 
+    @property
+    def calls(self) -> int:
+        """How many calls an untouched run makes."""
+        return sum(sum(kinds.values()) for kinds in self.kinds.values())
+
     def make(self, name: str) -> Path:
         """A folder to convert into, holding the old files."""
         folder = self.folder / name
@@ -106,9 +112,7 @@ class Ordeal:
         """Bring the folder to where the attack starts; returns the flags that go on from there."""
         if not self.scenario.begun:
             return ()
-        half = sum(sum(kinds.values()) for kinds in self.kinds.values()) * 3 // 4
-        calls = {"source": KINDS, "destination": KINDS}
-        assert self.run(folder, orders={"at": half, "how": "kill after", "calls": calls}).killed
+        assert self.run(folder, orders={"at": self.calls * 3 // 4, "how": "kill after", "calls": EVERY}).killed
         return ("--resume",)
 
     def check_names(self, folder: Path, trail: Any) -> None:

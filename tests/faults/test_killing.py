@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from faults.killing import HOW, calls_of, killed_at, killed_by_a_timer, random_moments, without_power
+from faults.killing import HOW, killed_at, killed_by_a_timer, random_moments, without_power
 
 
 def test_killed_at_any_call_and_resumed(ordeal):
@@ -18,9 +18,8 @@ def test_killed_at_any_call_and_resumed(ordeal):
 
 def test_killed_at_one_of_the_last_calls(ordeal):
     """There names are given and the journal goes."""
-    dice, calls = random.Random(ordeal.name), calls_of(ordeal)
-    for at in dice.sample(range(calls - 20, calls), 4):
-        killed_at(ordeal, [(at, dice.choice(HOW))])
+    dice = random.Random(ordeal.name)
+    assert sum(killed_at(ordeal, [(at, dice.choice(HOW))]) for at in dice.sample(range(ordeal.calls - 20, ordeal.calls), 4))
 
 
 def test_the_resume_is_killed_too_and_its_resume(ordeal):

@@ -116,7 +116,7 @@ def test_truncated_at_random_moments(tmp_path):
     """By the clock, in a run that is slow enough to be met in the middle."""
     tensors = {f"blocks.{n}.weight": floats(1024, 1024, seed=n) for n in range(12)}
     source, out = save(tmp_path / "source.safetensors", tensors), tmp_path / "out.safetensors"
-    whole, dice, met = source.read_bytes(), random.Random(1), 0
+    whole, dice = source.read_bytes(), random.Random(1)
     for _ in range(4):
         source.write_bytes(whole)
         process = subprocess.Popen(
@@ -127,7 +127,6 @@ def test_truncated_at_random_moments(tmp_path):
         os.truncate(source, dice.randrange(len(whole)))
         _, err = process.communicate()
         assert process.returncode in (0, 5, 6) and "Traceback" not in err, (process.returncode, err)
-        met += process.returncode == 6
         assert out.exists() == (process.returncode == 0)
         for left in tmp_path.glob("*out.safetensors*"):
             left.unlink()

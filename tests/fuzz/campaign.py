@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SHARES = {"header": 2, "index": 1, "layer_config": 1, "pattern": 1, "stored": 3, "plan": 1, "calibration": 1, "journal": 1, "write": 1}
+SHARES = {"header": 2, "index": 1, "layer_config": 1, "pattern": 1, "stored": 3, "plan": 1, "calibration": 1, "journal": 1, "write": 1,
+          "gguf": 1}  # fmt: skip
 SPARE_SECONDS = 120  # beyond its time, for starting and ending; then a fuzzer hangs in a way that it does not see itself
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -97,6 +98,48 @@ def journal() -> list[bytes]:
             b'{"journal":1}', b'{"journal":true,"fingerprint":[]}', b"\xff\xfe"]  # fmt: skip
 
 
+def gguf() -> list[bytes]:
+    """GGUF headers: of every kind of value and some types of tensors, in both byte orders; cut short, and with counts of what is not there."""
+    return [seed for order in "<>" for seed in _gguf(order)] + [b"GGUF", b"GGUF\3\0\0\0", b"GGML" + bytes(40)]
+
+
+def _gguf(order: str) -> list[bytes]:
+    def packed(code: str, *values: object) -> bytes:
+        return struct.pack(order + code, *values)
+
+    def text(value: str) -> bytes:
+        return packed("Q", len(value.encode())) + value.encode()
+
+    def file(entries: dict[str, bytes], tensors: dict[str, bytes], data: int = 0, version: int = 3) -> bytes:
+        head = b"GGUF" + packed("IQQ", version, len(tensors), len(entries))
+        head += b"".join(text(name) + part for part_of in (entries, tensors) for name, part in part_of.items())
+        return head + bytes(-len(head) % 32 + data)
+
+    def tensor(kind: int, offset: int, *shape: int) -> bytes:
+        return packed(f"I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+    numbers = {f"n.{kind}": packed(f"I{code}", kind, 1) for kind, code in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)}
+    texts = {"general.architecture": packed("I", 8) + text("flux"), "general.name": packed("I", 8) + text("ü" * 400),
+             "general.file_type": packed("II", 4, 15), "general.alignment": packed("II", 4, 32)}  # fmt: skip
+    lists = {"l.i": packed("IIQ3i", 9, 5, 3, 1, 2, 3), "l.t": packed("IIQ", 9, 8, 2) + text("a") + text("b"), "l.none": packed("IIQ", 9, 8, 0),
+             "l.l": packed("IIQ", 9, 9, 2) + packed("IQB", 0, 1, 7) * 2}  # fmt: skip
+    tensors = {"a": tensor(0, 0, 8, 2), "b": tensor(8, 64, 32), "c": tensor(12, 128, 256), "d": tensor(30, 288, 4, 1), "e": tensor(1, 0)}
+    whole = file({**texts, **numbers, **lists}, tensors, 320)
+    endless = [packed("IIQ", 9, kind, 1 << 60) for kind in (0, 7, 8, 9)] + [packed("IQ", 8, (1 << 64) - 1), packed("I", 13), packed("I", 99)]
+    odd = [tensor(0, 1 << 63, 1), tensor(0, 0, 1 << 63, 1 << 63), tensor(0, 0, 0, 1 << 63), tensor(2, 0, 33), tensor(77, 0, 1),
+           packed("I", (1 << 32) - 1), tensor(0, 0, *[1] * 33), tensor(8, 0)]  # fmt: skip
+    return [
+        whole, file(texts, {}), file(numbers, {}), file(lists, {}), file({}, tensors, 320), file({}, {}), file({}, tensors, 320, version=2),
+        *(file({}, {}, version=version) for version in (0, 1, 4, 1 << 31)), *(whole[:end] for end in (20, 24, 60, 300, len(whole) - 8)),
+        *(file({"a": value}, {}) for value in endless), *(file({}, {"t": value}, 64) for value in odd),
+        *(file({"general.alignment": packed(f"I{code}", kind, value)}, {"a": tensor(0, 0, 1)}, 64)
+          for code, kind, value in (("I", 4, 0), ("I", 4, 24), ("I", 4, 1 << 31), ("Q", 10, 32))),
+        b"GGUF" + packed("IQQ", 3, 1 << 60, 1 << 60), b"GGUF" + packed("IQQ", 3, 2, 0) + (text("t") + tensor(0, 0, 1)) * 2 + bytes(64),
+        b"GGUF" + packed("IQQ", 3, 0, 1) + text("a") + packed("I", 9) + packed("IQ", 9, 1) * 2000,
+        file({"\x1b[2J": packed("I", 8) + text("\u202e[red]\0"), "GGUF.version": packed("IB", 0, 1)}, {"\x1b": tensor(0, 0, 1)}, 64),
+    ]  # fmt: skip
+
+
 def stored() -> list[bytes]:
     """Small files in every layout that is read: those our converter writes, and others' with codes of any value."""
     return [*_written(), *(_bytes({f"l.{suffix}": tensor for suffix, tensor in found.items()}, metadata) for found, metadata in _others())]
@@ -153,7 +196,7 @@ def _bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "header": header, "index": index, "layer_config": layer_config, "pattern": pattern, "stored": stored, "plan": stored,
-    "calibration": calibration, "journal": journal, "write": header,
+    "calibration": calibration, "journal": journal, "write": header, "gguf": gguf,
 }  # fmt: skip
 
 

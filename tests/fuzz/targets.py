@@ -28,10 +28,12 @@ from streamquant.console import Screen
 from streamquant.inspect import inspect
 from streamquant.layer_config import read_layer_config
 from streamquant.stored import read_contents, tiles
-from streamquant.views import inspection_view, layers_view, show, tree_view
+from streamquant.stored.gguf import LONGEST_TEXT, GgufSummary, read_gguf
+from streamquant.views import gguf_view, inspection_view, layers_view, show, tree_view
 from streamquant.views.calibration import calibration_table
 
 FOLDER = Path(tempfile.mkdtemp())  # in one that `campaign.py` removes: a fuzzer does not get to clean up
+MOST_COMPARED = 1 << 12  # bytes of a GGUF file that its own reader reads too: it takes a microsecond and an object for each entry of a list
 MOST_SHOWN = 40  # tensors of a file that is drawn on a screen, if its size is a multiple of 4: rich is slow
 
 
@@ -215,7 +217,7 @@ def journal(data: bytes) -> None:
 
 def write(data: bytes) -> None:
     """`layout` and `build_header` from any names, types, shapes and metadata: what they write is read, by both."""
-    tensors, metadata, size = _made_of(data)
+    tensors, metadata = _made_of(data)
     try:
         placed = h.layout(tensors)
         built = h.build_header(placed, metadata)
@@ -232,7 +234,52 @@ def write(data: bytes) -> None:
     _require(ours.metadata == metadata and list(ours.tensors.values()) == placed, "not what was written")
 
 
-def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str], int]:
+def gguf(data: bytes) -> None:
+    """The header of a GGUF file and its screen, against the reader of the gguf package: what we accept, it reads the same way."""
+    path = _file(data, "fuzzed.gguf")
+    try:
+        found = read_gguf(path)
+    except errors.HeaderError as error:
+        _one_safe_sentence(error)
+        return
+    if found is None:
+        _require(data[:4] != b"GGUF", "not recognised")
+        return
+    text = io.StringIO()
+    if len(data) % 4 == 0:
+        show(Screen(out=Console(file=text, width=100)), gguf_view(found))
+    _require(_is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
+    _require(all(kind.nbytes <= len(data) for kind in found.types), "more weights than there are bytes")
+    if len(data) <= MOST_COMPARED and not any(name.startswith("GGUF.") for name in found.metadata):  # names that its reader needs itself
+        _same_gguf(found, path)
+
+
+def _same_gguf(ours: GgufSummary, path: Path) -> None:
+    from gguf import GGUFReader
+
+    with np.errstate(all="ignore"):
+        theirs = GGUFReader(path)
+    types: dict[str, tuple[int, int, int]] = {}
+    for tensor in theirs.tensors:
+        before = types.get(tensor.tensor_type.name, (0, 0, 0))
+        types[tensor.tensor_type.name] = (before[0] + 1, before[1] + tensor.n_elements, before[2] + tensor.n_bytes)
+    _require({kind.name: (kind.tensors, kind.weights, kind.nbytes) for kind in ours.types} == types, f"their types: {types}")
+    fields = {name: part for name, part in theirs.fields.items() if not name.startswith("GGUF.")}
+    for name, value in ours.metadata.items():
+        part = fields.pop(name)
+        last = part.parts[-1]
+        if part.types[0].name == "ARRAY":
+            expected = f"{int(part.parts[4][0]):,} entries"
+        elif part.types[0].name == "STRING":
+            whole = bytes(last).decode("utf-8", "replace")
+            expected = whole if len(whole) <= LONGEST_TEXT else whole[:LONGEST_TEXT] + "…"
+        else:
+            expected = last.tolist()[0]
+        _require(repr(value) == repr(expected), f"{name} is {value!r}, and {expected!r} to them")
+    _require(set(fields) <= {"general.architecture", "general.file_type"}, f"metadata was left out: {list(fields)}")
+
+
+def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]:
     dtypes = list(h.DTYPE_BITS)
     tensors, metadata = {}, {}
     for number, piece in enumerate(data[:4096].split(b"\xfe")):
@@ -244,7 +291,7 @@ def _made_of(data: bytes) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[
         elif name not in tensors:
             shape = tuple(int(byte) % 9 for byte in piece[1 : 1 + piece[2] % 4]) + ((8,) if piece[2] & 64 else ())
             tensors[name] = (name, dtypes[piece[0] % len(dtypes)], shape)
-    return list(tensors.values()), metadata, len(data)
+    return list(tensors.values()), metadata
 
 
 def _decodes(piece: bytes) -> bool:
@@ -265,5 +312,5 @@ class Target(NamedTuple):
 TARGETS = {
     "header": Target(header, True), "index": Target(index), "layer_config": Target(layer_config), "pattern": Target(pattern),
     "stored": Target(stored, True), "plan": Target(make_plan, True), "calibration": Target(calibration_file, True),
-    "journal": Target(journal), "write": Target(write),
+    "journal": Target(journal), "write": Target(write), "gguf": Target(gguf),
 }  # fmt: skip

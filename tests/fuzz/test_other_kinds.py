@@ -7,6 +7,7 @@ import gzip
 import io
 import pickle
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -56,9 +57,11 @@ def _zip() -> bytes:
 
 
 def _whole() -> bytes:
-    return save(Path(__file__).parent / "__pycache__" / "whole.safetensors", {"a.weight": floats(64, 64)}).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        return save(Path(folder) / "whole.safetensors", {"a.weight": floats(64, 64)}).read_bytes()
 
 
+WHOLE = _whole()
 ONNX = b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:" + bytes(64)
 # Name -> (bytes, what must be said of it: what it is, and what to do)
 KINDS = {
@@ -80,12 +83,12 @@ KINDS = {
     "denied.safetensors": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', ["web page", "download it again"]),
     "error.safetensors": (b'{"error":"Invalid credentials in Authorization header"}', ["error message of a server", "download it again"]),
     "entry.safetensors": (b"Entry not found", ["error message of a server", "download it again"]),
-    "half.safetensors.incomplete": (_whole()[:500], ["unfinished download", "let the download end"]),
-    "half.safetensors.part": (_whole()[:500], ["unfinished download", "let the download end"]),
-    "Unconfirmed 1.crdownload": (_whole()[:500], ["unfinished download", "let the download end"]),
+    "half.safetensors.incomplete": (WHOLE[:500], ["unfinished download", "let the download end"]),
+    "half.safetensors.part": (WHOLE[:500], ["unfinished download", "let the download end"]),
+    "Unconfirmed 1.crdownload": (WHOLE[:500], ["unfinished download", "let the download end"]),
     "zeros.safetensors": (bytes(4096), ["nothing but zeros", "download it again"]),
-    "cut.safetensors": (_whole()[:-1], ["bytes", "download it again"]),
-    ".model-fp8.safetensors.0a1b2c3d.partial": (_whole(), ["unfinished output of a conversion", "--resume"]),
+    "cut.safetensors": (WHOLE[:-1], ["bytes", "download it again"]),
+    ".model-fp8.safetensors.0a1b2c3d.partial": (WHOLE, ["unfinished output of a conversion", "--resume"]),
 }  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def test_a_name_that_would_come_twice(tmp_path):
         ({"img_in.weight": floats(4, 4)}, Recipe(), "--preset none"),
         ({"a.weight": floats(4, 4)}, Recipe(FormatChoice("keep")), "every candidate stays"),
         ({"q.weight": noise("F8_E4M3", 4, 4), "q.weight_scale": floats(dtype="F32")}, FP8, "1 is float8_e4m3fn already"),
-            ({"q.weight": noise("U8", 4, 4)}, FP8, "1 are quantized already, in a way that is not known here"),
+        ({"q.weight": noise("U8", 4, 4)}, FP8, "1 are quantized already, in a way that is not known here"),
         ({"a.weight": floats(4, 4)}, Recipe(FormatChoice("keep"), cast="BF16"), "every candidate stays"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -47,12 +48,12 @@ def rows(edit):
     return codes(lambda flat: edit(flat.reshape(SIZE, -1)).reshape(-1))
 
 
-def scales(edit):
-    def change_them(tensors, _):
-        name = f"{LAYER}.weight_scale" if f"{LAYER}.weight_scale" in tensors else f"{LAYER}.weight.absmax"
-        change(tensors, name, edit)
+def name_of_scales(tensors) -> str:
+    return f"{LAYER}.weight_scale" if f"{LAYER}.weight_scale" in tensors else f"{LAYER}.weight.absmax"
 
-    return change_them
+
+def scales(edit):
+    return lambda tensors, _: change(tensors, name_of_scales(tensors), edit)
 
 
 def put(position: int, value: int):
@@ -90,7 +91,7 @@ def zeros_from(first: int):
 
 def scales_of(other: str):
     def edit(tensors, _):
-        name = f"{LAYER}.weight_scale" if f"{LAYER}.weight_scale" in tensors else f"{LAYER}.weight.absmax"
+        name = name_of_scales(tensors)
         tensors[name] = tensors[name.replace(LAYER, other)]
 
     return edit
@@ -98,7 +99,7 @@ def scales_of(other: str):
 
 def scales_as(dtype: str):
     def edit(tensors, _):
-        name = f"{LAYER}.weight_scale" if f"{LAYER}.weight_scale" in tensors else f"{LAYER}.weight.absmax"
+        name = name_of_scales(tensors)
         tensors[name] = of_values(np.frombuffer(tensors[name].data, np.float32).reshape(tensors[name].shape), dtype)
 
     return edit
@@ -187,8 +188,6 @@ FAULTS = [
     [pytest.param(RECIPES[kind], edit, words, id=f"{name}, {kind}") for name, kinds, edit, words in FAULTS for kind in kinds],
 )
 def test_it_is_caught_and_called_by_name(folder, recipe, edit, words):
-    import re
-
     found = cause(broken(folder, recipe, edit))
     assert re.search(words, found), found
 
