@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +29,7 @@ from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
 from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
+from streamquant.terminal import can_redraw, progress_bar, say
 from streamquant.verdict import finite
 
 MEBIBYTE = 1 << 20
@@ -68,9 +68,9 @@ class Screen:
         if self.as_json:
             kind = type(error).__name__
             self.line("error", kind=kind, message=str(error), exit_code=error.exit_code, resume=go_on_with)
-        self.err.print(Text.assemble(("error: ", "bold red"), printable_lines(str(error))), soft_wrap=True)
+        say(self.err, Text.assemble(("error: ", "bold red"), printable_lines(str(error))))
         if go_on_with:
-            self.err.print(Text.assemble(("go on with: ", "bold"), printable_lines(go_on_with)), soft_wrap=True)
+            say(self.err, Text.assemble(("go on with: ", "bold"), printable_lines(go_on_with), no_wrap=True))
 
     @contextmanager
     def watching(self) -> Iterator[Any]:
@@ -79,7 +79,7 @@ class Screen:
             yield JsonLines(self)
         elif self.quiet:
             yield Silent()
-        elif self.err.is_terminal:
+        elif can_redraw(self.err):
             with Bar(self.err) as bar:
                 yield bar
         else:
@@ -90,20 +90,22 @@ class Screen:
         if self.as_json:
             self.line("plan", **plan_as_json(plan, tiles, free, destination))
         elif not self.quiet:
-            self._print(plan_view(plan, tiles, free, destination))
+            self.show(plan_view(plan, tiles, free, destination))
 
     def show_report(self, report: Report) -> None:
         """The end of a conversion: a table per format, and where the file is."""
         if self.as_json:
             self.line("done", **report.as_json())
         elif not self.quiet:
-            self._print(report_view(report))
+            self.show(report_view(report))
 
-
-    def _print(self, parts: list[Table | Text]) -> None:
-        """Tables fit the screen; lines are never cut, so that a path can be copied whole."""
+    def show(self, parts: list[Table | Text]) -> None:
+        """Print the parts of a view to standard output."""
         for part in parts:
-            self.out.print(part, soft_wrap=isinstance(part, Text))
+            if isinstance(part, Text):
+                say(self.out, part)
+            else:
+                self.out.print(part)
 
     def show_presets(self, known: Iterable[Preset]) -> None:
         """A table of the architectures."""
@@ -122,17 +124,7 @@ class Bar(Silent):
 
     def __init__(self, console: Console):
         self.console = console
-        self._bar = Progress(
-            BarColumn(bar_width=28),
-            TextColumn("{task.percentage:>3.0f}%"),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[memory]}"),
-            TextColumn("[dim]{task.fields[tensor]}", table_column=None),
-            console=console,
-            transient=True,
-        )
+        self._bar = progress_bar(console, "memory", "tensor")
         self._unshown, self._last = 0, 0.0
         self._task = self._bar.add_task("", total=None, memory="", tensor="", start=False)
 
@@ -144,7 +136,7 @@ class Bar(Silent):
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable_lines(text)))
+        say(self.console, Text(printable_lines(text)))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._budget = tiles.memory_budget
@@ -161,7 +153,7 @@ class Bar(Silent):
         if now - self._last < BAR_SECONDS:
             return  # small tensors come by the thousand a second
         memory = _memory(self._budget)
-        self._bar.update(self._task, advance=self._unshown, memory=memory, tensor=escape(printable(unit.key, 40)))
+        self._bar.update(self._task, advance=self._unshown, memory=memory, tensor=escape(printable(unit.key)))
         self._unshown, self._last = 0, now
 
 
@@ -174,7 +166,7 @@ class PlainLines(Silent):
         self._start = self._last = time.monotonic()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable_lines(text)), soft_wrap=True)
+        say(self.console, Text(printable_lines(text)))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._done, self._total = done_bytes, plan.source_bytes
@@ -233,7 +225,7 @@ class JsonLines(Silent):
 
 def _memory(budget: int) -> str:
     """Memory in use against what was allowed."""
-    return f"{anonymous_bytes() // MEBIBYTE} of {budget // MEBIBYTE} MiB"
+    return f"{anonymous_bytes() // MEBIBYTE}/{budget // MEBIBYTE} MiB RAM"
 
 
 def report_view(report: Report) -> list[Table | Text]:
@@ -266,7 +258,7 @@ def report_view(report: Report) -> list[Table | Text]:
     lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
     if learned:
         lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
-    lines += [Text(printable(str(path), 4096), style="green") for path in _few(report.outputs)]
+    lines += [Text(printable(str(path), 4096), style="green", no_wrap=True) for path in _few(report.outputs)]
     return [table, *lines]
 
 

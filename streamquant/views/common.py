@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from typing import Any
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
+from streamquant.terminal import can_redraw, progress_bar, say
 from streamquant.verdict import Unwatched, Watcher
 
 WIDEST = 10_000  # columns
@@ -61,7 +59,7 @@ def rows(
 
 
 def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
-    """Print to standard output. On a terminal tables fit its width and sentences break between words, but a line with a path
+    """Print to standard output. On a terminal tables fit its width and sentences break between words, but a line that is a path
     is never cut, so that it can be copied whole; elsewhere all is as wide as it needs to be, so that a name can be searched
     for.
     """
@@ -72,9 +70,9 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
                     screen.out.print(Text(line, style=style), soft_wrap=True)
                 else:
                     screen.out.file.write(f"{line}\n")
-        elif isinstance(part, Text) and screen.out.is_terminal and os.sep not in part.plain:
-            screen.out.print(part, overflow="ignore", crop=False, soft_wrap=False)
-        elif isinstance(part, Text) or isinstance(part, Tree) and not screen.out.is_terminal:
+        elif isinstance(part, Text):
+            say(screen.out, part)
+        elif isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
         elif isinstance(part, Table) and not screen.out.is_terminal:
             before, screen.out.width = screen.out.width, WIDEST
@@ -105,9 +103,14 @@ def path_of(path: Path) -> str:
     return printable(str(path), 4096)
 
 
+def path_line(path: Path) -> Text:
+    """A path on a line of its own, never broken."""
+    return Text(path_of(path), style="green", no_wrap=True)
+
+
 def report_line(path: Path) -> Text:
     """Where a page was written."""
-    return Text.assemble(("report  ", "bold"), path_of(path))
+    return Text.assemble(("report  ", "bold"), path_of(path), no_wrap=True)
 
 
 def ratio(value: float | None) -> str:
@@ -145,7 +148,7 @@ def watching(screen: Screen) -> Iterator[Watcher]:
     """A watcher in the manner the user chose: a bar on a terminal, lines in a log, nothing with --json or --quiet."""
     if screen.as_json or screen.quiet:
         yield Unwatched()
-    elif screen.err.is_terminal:
+    elif can_redraw(screen.err):
         with Progress(screen) as progress:
             yield progress
     else:
@@ -156,11 +159,7 @@ class Progress(Unwatched):
     """A progress bar by bytes, with the tensor in hand."""
 
     def __init__(self, screen: Screen):
-        self._bar = RichProgress(
-            BarColumn(bar_width=28), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[tensor]}"),
-            console=screen.err, transient=True,
-        )  # fmt: skip
+        self._bar = progress_bar(screen.err, "tensor")
         self._task = self._bar.add_task("", total=None, tensor="", start=False)
 
     def __enter__(self) -> Progress:
@@ -175,7 +174,7 @@ class Progress(Unwatched):
         self._bar.start_task(self._task)
 
     def progress(self, name: str, nbytes: int) -> None:
-        self._bar.update(self._task, advance=nbytes, tensor=escape(printable(name, 40)))
+        self._bar.update(self._task, advance=nbytes, tensor=escape(printable(name)))
 
 
 class Lines(Unwatched):
@@ -197,4 +196,4 @@ class Lines(Unwatched):
         self._last = now
         speed = decimal(int(self._done / max(now - self._start, 1e-9)))
         text = f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {speed}/s"
-        self._screen.err.print(Text(f"{text}  {printable(name, 60)}"), soft_wrap=True)
+        say(self._screen.err, Text(f"{text}  {printable(name, 60)}"))

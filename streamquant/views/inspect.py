@@ -15,7 +15,7 @@ from streamquant.inspect import SCALES_PER_LAYER, Group, Inspection
 from streamquant.stored import StoredLayer
 from streamquant.stored.gguf import GgufSummary
 
-from .common import Rows, count, name_of, path_of, rows, sentences, shape_of, table
+from .common import Rows, count, name_of, path_line, path_of, rows, sentences, shape_of, table
 
 METADATA_SHOWN = 8
 MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
@@ -54,9 +54,9 @@ def _heading(found: Inspection) -> list[Text]:
         what.append(f"alpha {' to '.join(f'{alpha:g}' for alpha in dict.fromkeys((found.alphas[0], found.alphas[-1])))}"
                     if found.alphas else "")  # fmt: skip
         words = f"{', '.join(filter(None, what))}: not a checkpoint to convert\n"
-        return [Text(path_of(found.path), style="green"), Text(size), Text(words)]
+        return [path_line(found.path), Text(size), Text(words)]
     architecture = "architecture not recognised" if found.preset.startswith("_") else found.architecture
-    return [Text(path_of(found.path), style="green"), Text(size), Text(f"{architecture}{preset}{prefix}\n")]
+    return [path_line(found.path), Text(size), Text(f"{architecture}{preset}{prefix}\n")]
 
 
 def _large(number: int) -> str:
@@ -203,7 +203,7 @@ def gguf_view(found: GgufSummary) -> list[Table | Text]:
     weights = f", {_large(found.weights)} weights" if found.weights else ""
     about = [part for part in (found.architecture, found.file_type) if part]
     parts: list[Table | Text] = [
-        Text(path_of(found.path), style="green"),
+        path_line(found.path),
         Text(f"{decimal(found.nbytes)}, {count(found.tensors, 'tensor')}{weights}"),
         Text(f"GGUF version {found.version}{''.join(f', {printable(part)}' for part in about)}\n"),
     ]

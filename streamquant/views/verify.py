@@ -31,9 +31,9 @@ def verdict_view(found: Verdict) -> list[Rows | Text]:
     parts.append(Text(f"\n{_done(found)}", style="dim"))
     if found.sound:
         looked = "sound" if found.sampled >= 1 else f"nothing wrong in the {found.sampled:.0%} that were looked at"
-        parts.append(Text.assemble((looked, "bold green"), "  ", path_of(found.output)))
+        parts.append(Text.assemble((looked, "bold green"), "  ", path_of(found.output), no_wrap=True))
     else:
-        parts.append(Text.assemble(("unsound", "bold red"), "  ", path_of(found.output)))
+        parts.append(Text.assemble(("unsound", "bold red"), "  ", path_of(found.output), no_wrap=True))
     return parts
 
 

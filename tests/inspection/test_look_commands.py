@@ -26,6 +26,7 @@ from streamquant.doctor import Check, examine, sound
 from streamquant.inspect import inspect
 from streamquant.verify import verify
 from streamquant.views import checked_layers_view, layers_view, show, verdict_view
+from streamquant.views.common import path_line
 
 WIDE = {"COLUMNS": "160"}
 
@@ -260,5 +261,6 @@ def test_on_a_narrow_terminal_names_are_whole_and_lines_fit(tmp_path, width):
 
 def test_sentences_break_between_words_and_paths_do_not():
     words = " ".join(["extraordinarily"] * 20)
-    shown = on_a_terminal(40, [Text(words), Text("/folder" * 20)])
-    assert shown.split()[:20] == ["extraordinarily"] * 20 and "/folder" * 20 in shown
+    *lines, path, spaced = on_a_terminal(40, [Text(words), Text("/folder" * 20), path_line(Path("/a b" * 20))]).splitlines()
+    assert " ".join(lines) == words and all(len(line) <= 40 for line in lines)
+    assert path == "/folder" * 20 and spaced == "/a b" * 20

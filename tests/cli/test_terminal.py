@@ -1,0 +1,112 @@
+"""What a person sees on a terminal: words and numbers are whole, and a bar is one line."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from streamquant.console import Screen
+from streamquant.errors import OutputExistsError
+from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def terminal(width: int, **more) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=30, highlight=False, **more)
+
+
+def shown(console: Console) -> str:
+    return ESCAPES.sub("", console.file.getvalue())
+
+
+words = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=30)
+
+
+@given(st.lists(st.lists(words, max_size=12), max_size=4), st.integers(0, 6), st.integers(1, 90))
+def test_sentences_break_between_words_only(lines, indent, width):
+    text = "\n".join(" " * indent + " ".join(line) for line in lines)
+    made = wrapped(Text(text), width).plain
+    assert made.split() == text.split(), "every word is whole and in its place"
+    for line in made.split("\n"):
+        assert cell_len(line) <= width or len(line.split()) == 1
+    assert wrapped(Text(text), 10**6).plain.split("\n") == [line.rstrip() for line in text.split("\n")]
+
+
+def test_lines_after_the_first_stand_under_what_a_label_says():
+    text = Text.assemble(("made by   ", "bold"), "streamquant 0.1.0 from src.safetensors: bnb_nf4")
+    assert wrapped(text, 40).plain == "made by   streamquant 0.1.0 from\n          src.safetensors: bnb_nf4"
+    assert wrapped(Text("  img_in.weight: its scale is wrong"), 24).plain == "  img_in.weight: its\n    scale is wrong"
+    unlabelled = Text(f"{'x' * LONGEST_LABEL}  one two three four")
+    assert wrapped(unlabelled, 24).plain == f"{'x' * LONGEST_LABEL}  one two\nthree four"
+
+
+def test_styles_stay_on_their_words():
+    made = wrapped(Text.assemble(("error: ", "bold red"), "one two ", ("three", "green")), 10)
+    assert [(made.plain[span.start : span.end].strip(), str(span.style)) for span in made.spans if span.style] == [
+        ("error:", "bold red"), ("three", "green")
+    ]  # fmt: skip
+
+
+def test_what_is_to_be_copied_is_never_broken_and_logs_are_not_wrapped():
+    console = terminal(20)
+    say(console, Text("/a folder/with several/spaces in its/name", no_wrap=True))
+    assert shown(console) == "/a folder/with several/spaces in its/name\n"
+    log = Console(file=io.StringIO(), width=20)
+    say(log, Text("a sentence of more than twenty columns"))
+    assert log.file.getvalue() == "a sentence of more than twenty columns\n"
+
+
+def test_an_error_is_whole_words_and_the_command_that_goes_on_is_one_line():
+    screen = Screen(err=terminal(60))
+    command = "streamquant convert model.safetensors --bnb-4bit --flux2 -o somewhere/else.safetensors --resume"
+    screen.fail(OutputExistsError("The output /data/model-fp8.safetensors exists: --force replaces it when done."), command)
+    *sentence, last = shown(screen.err).splitlines()
+    assert " ".join(sentence).split() == (
+        "error: The output /data/model-fp8.safetensors exists: --force replaces it when done.".split()
+    )
+    assert all(len(line) <= 60 for line in sentence) and last == f"go on with: {command}"
+
+
+@pytest.mark.parametrize("width", [50, 72, 80, 100, 120, 200])
+@pytest.mark.parametrize("total", [100_677_488, 64_449_111_222])
+def test_a_bar_is_one_line_of_whole_numbers(width, total):
+    console = terminal(width)
+    with progress_bar(console, "memory", "tensor") as bar:
+        name = "model.diffusion_model.double_blocks.12.img_attn.qkv.weight" * 3
+        task = bar.add_task("", total=total, memory="152/1024 MiB RAM", tensor=name)
+        bar.update(task, completed=total // 3)
+        bar.refresh()
+    lines = [line for line in re.split(r"[\r\n]+", shown(console)) if line.strip()]
+    assert lines and all(cell_len(line.rstrip()) <= width - MARGIN for line in lines)
+    done = "33.6/100.7 MB" if total < 10**9 else "21.5/64.4 GB"
+    assert f"33% {done}" in lines[-1], lines
+    if width >= 80:
+        assert "152/1024 MiB RAM" in lines[-1] and "model.diff" in lines[-1], lines
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Screen(err=terminal(80))
+    with screen.watching() as observer:
+        assert type(observer).__name__ == "PlainLines"
+    monkeypatch.setenv("TERM", "xterm")
+    with screen.watching() as observer:
+        assert type(observer).__name__ == "Bar"
+
+
+def test_paths_of_outputs_are_one_line(tmp_path):
+    from streamquant.views.common import path_line, show
+
+    screen = Screen(out=terminal(30))
+    path = Path("/a very/long folder/with a name/of several words/model.safetensors")
+    show(screen, [path_line(path)])
+    assert shown(screen.out) == f"{path}\n"
