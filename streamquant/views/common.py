@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderResult
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.measure import Measurement
@@ -19,10 +22,11 @@ from rich.tree import Tree
 
 from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
-from streamquant.terminal import can_redraw, progress_bar, say
+from streamquant.terminal import can_redraw, progress_bar, say, wrapped
 from streamquant.verdict import Unwatched, Watcher
 
 WIDEST = 10_000  # columns
+HARD_SPACE = "\u00a0"
 LISTED = 12  # findings shown before the rest is counted
 
 
@@ -74,7 +78,7 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
             say(screen.out, part)
         elif isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
-        elif isinstance(part, Table) and not screen.out.is_terminal:
+        elif isinstance(part, Table) and not (screen.out.is_terminal and _fits(screen.out, part)):
             before, screen.out.width = screen.out.width, WIDEST
             screen.out.width = Measurement.get(screen.out, screen.out.options, part).maximum
             screen.out.print(part)
@@ -83,15 +87,41 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
             screen.out.print(part)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table in the manner of this program; `right`: the columns that hold numbers."""
+def _fits(console: RichConsole, part: Table) -> bool:
+    """Whether a table can be made narrow enough; if not, rich would leave out whole columns."""
+    return Measurement.get(console, console.options.update_width(WIDEST), part).minimum <= console.width
+
+
+def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """An empty table in the manner of this program. right: the columns that hold numbers. whole: those that are not narrowed
+    before all others are.
+    """
     made = Table(box=None, header_style="bold", pad_edge=False)
     for heading in columns:
         if heading in right:
             made.add_column(heading, justify="right", no_wrap=True)
         else:
-            made.add_column(heading, overflow="fold")
+            made.add_column(heading, overflow="fold", no_wrap=heading in whole)
     return made
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A cell of words that may take several lines; what belongs together ("128 x 128", "rotated by 256") stays together."""
+
+    text: str
+
+    @property
+    def _bound(self) -> Text:
+        together = re.compile(r"(rotated )?by (?=\d)|(?<=\d) x (?=\d)")
+        return Text(together.sub(lambda match: match[0].replace(" ", HARD_SPACE), self.text))
+
+    def __rich_measure__(self, console: RichConsole, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._bound.plain.split(" "))), len(self.text))
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        for line in wrapped(self._bound, options.max_width).plain.replace(HARD_SPACE, " ").split("\n"):
+            yield Text(line, no_wrap=True)
 
 
 def name_of(text: str, limit: int = 120) -> Text:

@@ -15,11 +15,12 @@ from streamquant.inspect import SCALES_PER_LAYER, Group, Inspection
 from streamquant.stored import StoredLayer
 from streamquant.stored.gguf import GgufSummary
 
-from .common import Rows, count, name_of, path_line, path_of, rows, sentences, shape_of, table
+from .common import Phrase, Rows, count, name_of, path_line, path_of, rows, sentences, shape_of, table
 
 METADATA_SHOWN = 8
 MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
 VALUE_LENGTH = 60
+WHOLE_FORMAT = 24  # characters of a format's name, all of ours and more, that a narrow terminal leaves whole
 
 
 def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
@@ -68,11 +69,12 @@ def _large(number: int) -> str:
 
 
 def _formats(found: Inspection) -> Table:
-    made = table("format", "scales", "layers", "size", "bits", "scale range", right=("layers", "size", "bits"))
+    whole = ("scale range", *(["format"] if all(len(group.format) <= WHOLE_FORMAT for group in found.groups) else []))
+    made = table("format", "scales", "layers", "size", "bits", "scale range", right=("layers", "size", "bits"), whole=whole)
     for group in found.groups:
         made.add_row(
-            name_of(group.format, 40), group.detail, f"{group.layers:,}", decimal(group.nbytes), f"{group.bits_per_weight:.2f}",
-            _range(group),
+            name_of(group.format, 40), Phrase(group.detail), f"{group.layers:,}", decimal(group.nbytes),
+            f"{group.bits_per_weight:.2f}", _range(group),
         )  # fmt: skip
     for kept in found.kept:
         bits = f"{8 * kept.nbytes / kept.elements:.2f}" if kept.elements else ""

@@ -25,7 +25,7 @@ from streamquant.console import Screen
 from streamquant.doctor import Check, examine, sound
 from streamquant.inspect import inspect
 from streamquant.verify import verify
-from streamquant.views import checked_layers_view, layers_view, show, verdict_view
+from streamquant.views import checked_layers_view, inspection_view, layers_view, show, verdict_view
 from streamquant.views.common import path_line
 
 WIDE = {"COLUMNS": "160"}
@@ -257,6 +257,28 @@ def test_on_a_narrow_terminal_names_are_whole_and_lines_fit(tmp_path, width):
     shown += on_a_terminal(width, [layers_view(inspect(tmp_path / "output.safetensors"))])
     assert all(len(line) <= width for line in shown.splitlines()), shown
     assert all(shown.count(name) == 2 for name in names) and "int8_tensorwise, row scales, rotated by 256" in shown
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        FormatChoice("int8", convrot=True), FormatChoice("fp8", "block"), FormatChoice("fp8", "block3d"),
+        FormatChoice("nf4", double_quant=True),
+    ],
+)  # fmt: skip
+def test_the_table_of_inspect_fits_80_columns_with_whole_numbers(tmp_path, choice):
+    source = save(tmp_path / "source.safetensors", {f"blocks.{i}.weight": floats(256, 512, seed=i) for i in range(3)})
+    streamquant.convert(source, tmp_path / "output.safetensors", Recipe(choice))
+    found = inspect(tmp_path / "output.safetensors")
+    (group,) = found.groups
+    narrow, wide, tiny = (on_a_terminal(width, inspection_view(found)) for width in (80, 200, 50))
+    assert max(map(len, narrow.splitlines()[1:])) <= 80, narrow  # the first line is the path
+    (row,) = [line for line in wide.splitlines() if line.startswith(group.format)]
+    assert group.detail in row
+    numbers = row[row.index(group.detail) + len(group.detail) :].split()
+    (row,) = [line for line in narrow.splitlines() if line.startswith(group.format)]
+    assert row.split()[-len(numbers) :] == numbers and all(piece in narrow for piece in re.split(", | blocks", group.detail))
+    assert all(word in tiny for word in ("scales", *numbers, *group.detail.split())), "nothing is left out"
 
 
 def test_sentences_break_between_words_and_paths_do_not():
