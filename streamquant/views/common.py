@@ -89,7 +89,14 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
 
 def _fits(console: RichConsole, part: Table) -> bool:
     """Whether a table can be made narrow enough; if not, rich would leave out whole columns."""
-    return Measurement.get(console, console.options.update_width(WIDEST), part).minimum <= console.width
+    needed = [
+        max(
+            getattr(Measurement.get(console, console.options, cell), "maximum" if column.no_wrap else "minimum")
+            for cell in (column.header, *column.cells)
+        )
+        for column in part.columns
+    ]
+    return sum(needed) + 2 * (len(needed) - 1) <= console.width
 
 
 def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:

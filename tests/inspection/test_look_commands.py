@@ -271,14 +271,14 @@ def test_the_table_of_inspect_fits_80_columns_with_whole_numbers(tmp_path, choic
     streamquant.convert(source, tmp_path / "output.safetensors", Recipe(choice))
     found = inspect(tmp_path / "output.safetensors")
     (group,) = found.groups
-    narrow, wide, tiny = (on_a_terminal(width, inspection_view(found)) for width in (80, 200, 50))
+    narrow, wide, tiny = (on_a_terminal(width, inspection_view(found)) for width in (80, 200, 56))
     assert max(map(len, narrow.splitlines()[1:])) <= 80, narrow  # the first line is the path
     (row,) = [line for line in wide.splitlines() if line.startswith(group.format)]
     assert group.detail in row
     numbers = row[row.index(group.detail) + len(group.detail) :].split()
     (row,) = [line for line in narrow.splitlines() if line.startswith(group.format)]
     assert row.split()[-len(numbers) :] == numbers and all(piece in narrow for piece in re.split(", | blocks", group.detail))
-    assert all(word in tiny for word in ("scales", *numbers, *group.detail.split())), "nothing is left out"
+    assert all(word in tiny for word in ("scales", *numbers, *group.detail.split())), "nothing is left out or broken"
 
 
 def test_sentences_break_between_words_and_paths_do_not():
