@@ -153,12 +153,13 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "infinite" if value > 0 else "not a number"
 
 
-def _row(cells: Sequence[str], words: int, tag: str = "td") -> str:
-    """A table row whose first `words` cells hold words, the others numbers."""
+def _row(cells: Sequence[str], words: int, tag: str = "td", layer: str | None = None) -> str:
+    """A table row whose first `words` cells hold words, the others numbers. layer: that it is about."""
     made = (
         f"<{tag}>{cell}</{tag}>" if index < words else f'<{tag} class="n">{cell}</{tag}>' for index, cell in enumerate(cells)
     )
-    return f"<tr>{''.join(made)}</tr>"
+    about = "" if layer is None else f' data-layer="{_text(layer)}"'
+    return f"<tr{about}>{''.join(made)}</tr>"
 
 
 def _formats(layers: list[PageLayer]) -> str:
@@ -180,7 +181,7 @@ def _layers(layers: list[PageLayer]) -> str:
     for layer in sorted(layers, key=lambda layer: -layer.error):
         name = _text(layer.name) + (f' <span class="bad">{_text(layer.cause)}</span>' if layer.cause else "")
         cells = [name, _text(layer.format), _number(layer.error), _number(layer.nearest)]
-        rows.append(_row([*cells, _size(layer.source_bytes), _size(layer.output_bytes)], 2))
+        rows.append(_row([*cells, _size(layer.source_bytes), _size(layer.output_bytes)], 2, layer=layer.name))
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
@@ -193,7 +194,7 @@ def _histograms(layers: list[PageLayer], samples: dict[str, LayerSample]) -> str
     options = "".join(f'<option value="{index}">{_text(name)}</option>' for index, name in enumerate(shown))
     return (
         f'<h2>Histograms</h2><p><label>Layer <select id="layer">{options}</select></label> '
-        f'<span class="dim">a few tiles of each; the worst layer first</span></p>'
+        f'<span class="dim">a few tiles of each, the worst first; a click on a cell above or a row below chooses it</span></p>'
         f'<div id="histograms" class="histograms"></div><script type="application/json" id="samples">{data}</script>'
         f"<script>{_resource('histograms.js')}</script>"
     )
