@@ -75,7 +75,7 @@ def write_verdict_page(folder: str | Path, verdict: Verdict) -> Path:
     word = '<span class="good">sound</span>' if verdict.sound else '<span class="bad">unsound</span>'
     facts = [
         f"{word}: {len(verdict.layers):,} layers decoded and compared, {verdict.copied[0]:,} tensors compared byte for byte"
-        + (f", {verdict.hashed[0]:,} of {verdict.hashes_known:,} hashes agree." if verdict.hashes_known else "."),
+        + (f", {verdict.hashes_in_words}." if verdict.hashes_known else "."),
         f"{_size(verdict.source_bytes)} became {_size(verdict.output_bytes)}. Looked at {verdict.sampled:.0%} of the weights.",
         *map(_text, verdict.notes),
     ]
@@ -97,7 +97,8 @@ def write_conversion_page(folder: str | Path, source: str | Path, report: Report
         if layer.relative_error is not None
     ]  # fmt: skip
     output = next((path for path in report.outputs if path.name.endswith(".index.json")), report.outputs[0])
-    facts = [f"{_size(report.source_bytes)} became {_size(report.output_bytes)} in {report.seconds:.1f} s."]
+    resumed = " since it was resumed" if report.resumed else ""
+    facts = [f"{_size(report.source_bytes)} became {_size(report.output_bytes)} in {report.seconds:.1f} s{resumed}."]
     return _write(folder, Path(source), output, layers, [*facts, *map(_text, report.notes)], [])
 
 

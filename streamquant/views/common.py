@@ -34,18 +34,23 @@ LISTED = 12  # findings shown before the rest is counted
 class Rows:
     """A table that may be long and has a long name in its first column: every row is one line, as wide as it needs to be; on
     a terminal that is too narrow for it the name has a line of its own. bad: numbers of the rows that are to stand out.
+    breaks: names may take several lines, broken after commas, where that makes the table fit.
     """
 
     headings: tuple[str, ...]
     right: tuple[str, ...]
     rows: list[list[str]]
     bad: set[int] | frozenset[int] = frozenset()
+    breaks: bool = False
 
     def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
         """(line, style): padded columns, two spaces between them. width: of the terminal."""
-        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        widths = self._widths
         pads = ["rjust" if heading in self.right else "ljust" for heading in self.headings]
-        is_stacked = width is not None and sum(widths) + 2 * (len(widths) - 1) > width
+        is_stacked = width is not None and not self._fits(width)
+        if is_stacked and self.breaks and (broken := self._broken())._fits(width):
+            yield from broken.lines(width)
+            return
         for number, row in enumerate((self.headings, *self.rows), start=-1):
             style = "bold" if number < 0 else "red" if number in self.bad else ""
             cells = [getattr(cell, pad)(room) for cell, pad, room in zip(row, pads, widths, strict=True)]
@@ -53,6 +58,22 @@ class Rows:
                 yield cells[0].rstrip(), style
                 cells[0] = ""
             yield "  ".join(cells).rstrip(), style
+
+
+    @property
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+
+    def _fits(self, width: int) -> bool:
+        return sum(self._widths) + 2 * (len(self.headings) - 1) <= width
+
+    def _broken(self) -> Rows:
+        """With a line for each part of a name."""
+        found = []
+        for name, *cells in self.rows:
+            first, *others = re.split("(?<=,) ", name)
+            found += [[first, *cells], *([f"  {part}", *[""] * len(cells)] for part in others)]
+        return Rows(self.headings, self.right, found)
 
 
 def rows(
