@@ -241,7 +241,7 @@ def report_view(report: Report) -> list[Table | Text]:
         error = summary.mean_relative_error
         table.add_row(
             summary.format,
-            str(summary.layers),
+            f"{summary.layers:,}",
             decimal(summary.source_bytes),
             decimal(summary.output_bytes),
             *([] if learned else [_ratio(summary.output_bytes, summary.source_bytes)]),
@@ -250,12 +250,14 @@ def report_view(report: Report) -> list[Table | Text]:
         )
     table.add_section()
     table.add_row(
-        "file", str(len(report.layers)), decimal(report.source_bytes), decimal(report.output_bytes),
+        "file", f"{len(report.layers):,}", decimal(report.source_bytes), decimal(report.output_bytes),
         "" if learned else _ratio(report.output_bytes, report.source_bytes), "", style="bold",
     )  # fmt: skip
+    # A run that went on where another stopped did only a part of the work: over its time the whole would be too fast.
     speed = decimal(int(report.source_bytes / max(report.seconds, 1e-9)))
+    pace = " since resuming" if report.resumed else f", {speed}/s"
     peak = report.peak_anonymous_bytes // MEBIBYTE
-    lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
+    lines = [Text(f"{report.seconds:.1f} s{pace}, peak {peak} MiB of anonymous memory", style="dim")]
     if learned:
         lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
     lines += [Text(printable(str(path), 4096), style="green", no_wrap=True) for path in _few(report.outputs)]
@@ -297,21 +299,24 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> lis
     for (rule, becomes), units in _by_rule(plan).items():
         read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
-        table.add_row(Text(printable(rule, 300)), becomes, str(len(units)), decimal(read), decimal(written))
+        table.add_row(Text(printable(rule, 300)), becomes, f"{len(units):,}", decimal(read), decimal(written))
     parts: list[Table | Text] = [*(Text(printable_lines(note)) for note in plan.notes), table]
     fallbacks = fallback_units(plan)
     if fallbacks:
-        parts.append(Text(f"\nNot as asked for ({len(fallbacks)}):", style="bold"))
+        parts.append(Text(f"\nNot as asked for ({len(fallbacks):,}):", style="bold"))
         parts += [Text(f"  {printable(unit.key)}: {printable(str(unit.reason), 300)}") for unit in fallbacks[:LISTED]]
         if len(fallbacks) > LISTED:
-            parts.append(Text(f"  and {len(fallbacks) - LISTED} more (--json lists all)"))
+            parts.append(Text(f"  and {len(fallbacks) - LISTED:,} more (--json lists all)"))
     if plan.removed:
         parts.append(Text(f"\nLeft out: {len(plan.removed)} tensors ({', '.join(map(printable, list(plan.removed)[:3]))} …)"))
     size = plan.checkpoint.size
     shards = f" in {len(plan.files)} shards" if len(plan.files) > 1 else ""
     parts += [
         Text(f"\n{decimal(size)} become {decimal(plan.output_size)} ({_ratio(plan.output_size, size)}){shards}."),
-        Text(f"Free disk {decimal(free)}. Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most."),
+        Text.assemble(
+            f"Free disk {decimal(free)}", (", which is too little" if free < plan.output_size else "", "bold red"),
+            f". Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most.",
+        ),
         Text(f"Nothing was written. Output would be {printable(str(destination), 4096)}"),
     ]
     return parts

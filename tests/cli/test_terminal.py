@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from small_checkpoints import floats, save
 
+import streamquant
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
 from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
+from streamquant.transcode import Options, dry_run
+from streamquant.views.common import path_line, show
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -104,9 +108,29 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
 
 
 def test_paths_of_outputs_are_one_line(tmp_path):
-    from streamquant.views.common import path_line, show
-
     screen = Screen(out=terminal(30))
     path = Path("/a very/long folder/with a name/of several words/model.safetensors")
     show(screen, [path_line(path)])
     assert shown(screen.out) == f"{path}\n"
+
+
+def test_a_run_that_went_on_tells_no_speed_of_the_whole(tmp_path):
+    source, output = save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)}), tmp_path / "o.safetensors"
+    first = streamquant.convert(source, output)
+    again = streamquant.convert(source, output, options=Options(resume=True))
+    told = []
+    for report in (first, again):
+        screen = Screen(out=terminal(100))
+        screen.show_report(report)
+        told.append(shown(screen.out))
+    assert "B/s, peak" in told[0] and "resuming" not in told[0]
+    assert "B/s" not in told[1] and " s since resuming, peak" in told[1]
+
+
+def test_a_dry_run_says_that_the_disk_is_too_small(tmp_path):
+    output = tmp_path / "o.safetensors"
+    plan, tiles, _ = dry_run(save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)}), output)
+    for free, small in ((plan.output_size - 1, True), (plan.output_size + 1, False)):
+        screen = Screen(out=terminal(100))
+        screen.show_plan(plan, tiles, free, output)
+        assert ("too little" in shown(screen.out)) == small

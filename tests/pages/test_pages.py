@@ -147,6 +147,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_conversion(tmp_path, f
     assert refused.exit_code == errors.UsageError.exit_code and "pip install matplotlib" in refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing was converted"
     done = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert f"report  {tmp_path / 'page' / 'report.html'}" in done.stdout
     assert done.exit_code == 0 and [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"], done.output
 
 
