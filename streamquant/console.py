@@ -36,6 +36,7 @@ MEBIBYTE = 1 << 20
 PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
 BAR_SECONDS = 0.05  # between two looks at the memory
 JSON_SECONDS = 0.5
+UNMEASURED = ("copy", "cast")  # formats that have no error
 LISTED = 12  # fallbacks shown before the rest is counted
 
 
@@ -258,6 +259,10 @@ def report_view(report: Report) -> list[Table | Text]:
     pace = " since resuming" if report.resumed else f", {speed}/s"
     peak = report.peak_anonymous_bytes // MEBIBYTE
     lines = [Text(f"{report.seconds:.1f} s{pace}, peak {peak} MiB of anonymous memory", style="dim")]
+    unknown = sum(layer.relative_error is None and layer.format not in UNMEASURED for layer in report.layers)
+    if unknown and not report.resumed:
+        held = f"{unknown:,} layers hold" if unknown > 1 else "1 layer holds"
+        lines.insert(0, Text(f"{held} NaN or infinity: not in the mean errors", style="yellow"))
     if learned:
         lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
     lines += [Text(printable(str(path), 4096), style="green", no_wrap=True) for path in _few(report.outputs)]

@@ -6,15 +6,17 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
-from small_checkpoints import floats, save
+from small_checkpoints import floats, of_values, save
 
 import streamquant
+from streamquant import FormatChoice, Recipe
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
 from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
@@ -134,3 +136,18 @@ def test_a_dry_run_says_that_the_disk_is_too_small(tmp_path):
         screen = Screen(out=terminal(100))
         screen.show_plan(plan, tiles, free, output)
         assert ("too little" in shown(screen.out)) == small
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_layers_that_hold_nan_are_told_and_not_counted_as_exact(tmp_path, kind):
+    weights = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    weights[1, 3, 4] = np.nan
+    tensors = {f"blocks.{block}.linear.weight": of_values(values, "F32") for block, values in enumerate(weights)}
+    recipe = Recipe(FormatChoice(kind), allow_nonfinite=True)
+    report = streamquant.convert(save(tmp_path / "source.safetensors", tensors), tmp_path / "output.safetensors", recipe)
+    sound, damaged = report.layers
+    assert sound.relative_error > 0 and damaged.relative_error is None
+    assert report.by_format()[0].mean_relative_error == sound.relative_error
+    screen = Screen(out=terminal(100))
+    screen.show_report(report)
+    assert "1 layer holds NaN or infinity" in shown(screen.out)
