@@ -29,7 +29,7 @@ from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
 from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
-from streamquant.terminal import can_redraw, progress_bar, say
+from streamquant.terminal import can_redraw, progress_bar, say, show_table
 from streamquant.verdict import finite
 
 MEBIBYTE = 1 << 20
@@ -106,7 +106,7 @@ class Screen:
             if isinstance(part, Text):
                 say(self.out, part)
             else:
-                self.out.print(part)
+                show_table(self.out, part)
 
     def show_presets(self, known: Iterable[Preset]) -> None:
         """A table of the architectures."""
@@ -117,7 +117,7 @@ class Screen:
             if not preset.name.startswith("_"):
                 flags = " ".join(f"--{flag}" for flag in preset.flags)
                 table.add_row(preset.name, preset.title, flags, "by its keys" if preset.recognise_all else "by flag only")
-        self.out.print(table)
+        show_table(self.out, table)
 
 
 class Bar(Silent):
@@ -237,7 +237,7 @@ def report_view(report: Report) -> list[Table | Text]:
     learned = any(layer.output_error_before is not None for layer in report.layers)
     headings = ["weight error", "output error"] if learned else ["ratio", "mean relative error"]
     for heading in ["layers", "in", "out", *headings]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading not in ("weight error", "mean relative error"))
     for summary in report.by_format():
         error = summary.mean_relative_error
         table.add_row(
@@ -298,9 +298,9 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> lis
     """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule", overflow="fold")
-    table.add_column("becomes")
+    table.add_column("becomes", no_wrap=True)
     for heading in ("layers", "in", "out"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for (rule, becomes), units in _by_rule(plan).items():
         read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)

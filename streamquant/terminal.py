@@ -1,4 +1,4 @@
-"""What the width of a terminal means: sentences break between words, a progress bar stays on one line."""
+"""What the width of a terminal means: sentences break between words, tables fit, a progress bar stays on one line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from itertools import pairwise
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 MARGIN = 3  # columns right of a bar: a terminal echoes Ctrl-C as ^C there, which in a full row would begin another one
@@ -18,6 +19,8 @@ ROOMY, NARROW = 100, 72  # columns: from here on a bar is long; below this it sa
 # A line may begin with a label: its other lines stand under what follows that.
 _LABEL = re.compile(r" *\S+(?: \S+)?  +(?=\S)")
 LONGEST_LABEL = 12
+WIDEST = 10_000  # columns
+FOLDED = 16  # columns in which a long name may be folded
 
 
 def wrapped(text: Text, width: int) -> Text:
@@ -58,6 +61,33 @@ class OneLine(Progress):
 
     def get_renderable(self) -> ConsoleRenderable:
         return _WithMargin(super().get_renderable())
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table: as wide as a terminal if it can be made so narrow, elsewhere as wide as it needs to be, so that a name can
+    be searched for.
+    """
+    before = console.width
+    if not (console.is_terminal and _fits(console, table)):
+        console.width = WIDEST
+        console.width = Measurement.get(console, console.options, table).maximum
+    console.print(table)
+    console.width = before
+
+
+def _fits(console: Console, table: Table) -> bool:
+    """Whether a table can be made narrow enough; if not, rich would break numbers and leave out columns."""
+    needed = [max(_needs(console, column, cell) for cell in (column.header, *column.cells)) for column in table.columns]
+    return sum(needed) + 2 * (len(needed) - 1) <= console.width
+
+
+def _needs(console: Console, column: Column, cell: RenderableType) -> int:
+    """Columns that a cell cannot do without."""
+    measured = Measurement.get(console, console.options, cell)
+    if column.no_wrap:
+        return measured.maximum
+    may_be_cut = column.overflow == "fold" and isinstance(cell, str | Text)  # a long name, a regular expression
+    return min(measured.minimum, FOLDED) if may_be_cut else measured.minimum
 
 
 @dataclass(frozen=True)

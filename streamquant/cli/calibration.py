@@ -68,4 +68,4 @@ def inspect(file: str, as_json: bool) -> None:
             return
         from streamquant.views.calibration import calibration_table
 
-        screen.out.print(calibration_table(rows))
+        screen.show([calibration_table(rows)])

@@ -22,10 +22,9 @@ from rich.tree import Tree
 
 from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
-from streamquant.terminal import can_redraw, progress_bar, say, wrapped
+from streamquant.terminal import can_redraw, progress_bar, say, show_table, wrapped
 from streamquant.verdict import Unwatched, Watcher
 
-WIDEST = 10_000  # columns
 HARD_SPACE = "\u00a0"
 LISTED = 12  # findings shown before the rest is counted
 
@@ -99,25 +98,10 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
             say(screen.out, part)
         elif isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
-        elif isinstance(part, Table) and not (screen.out.is_terminal and _fits(screen.out, part)):
-            before, screen.out.width = screen.out.width, WIDEST
-            screen.out.width = Measurement.get(screen.out, screen.out.options, part).maximum
-            screen.out.print(part)
-            screen.out.width = before
+        elif isinstance(part, Table):
+            show_table(screen.out, part)
         else:
             screen.out.print(part)
-
-
-def _fits(console: RichConsole, part: Table) -> bool:
-    """Whether a table can be made narrow enough; if not, rich would leave out whole columns."""
-    needed = [
-        max(
-            getattr(Measurement.get(console, console.options, cell), "maximum" if column.no_wrap else "minimum")
-            for cell in (column.header, *column.cells)
-        )
-        for column in part.columns
-    ]
-    return sum(needed) + 2 * (len(needed) - 1) <= console.width
 
 
 def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:

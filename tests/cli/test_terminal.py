@@ -19,6 +19,7 @@ import streamquant
 from streamquant import FormatChoice, Recipe
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
+from streamquant.report import LayerResult, Report
 from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
 from streamquant.transcode import Options, dry_run
 from streamquant.views.common import path_line, show
@@ -151,3 +152,29 @@ def test_layers_that_hold_nan_are_told_and_not_counted_as_exact(tmp_path, kind):
     screen = Screen(out=terminal(100))
     screen.show_report(report)
     assert "1 layer holds NaN or infinity" in shown(screen.out)
+
+
+@pytest.mark.parametrize("width", [80, 100, None])
+def test_the_tables_of_convert_have_whole_numbers_at_any_width(tmp_path, width):
+    regex = "img_in|txt_in|final_layer|single_blocks"
+    formats = {"bnb_nf4": FormatChoice("nf4"), "float8_e4m3fn_blockwise": FormatChoice("fp8", "block")}
+    recipe = Recipe(formats["bnb_nf4"], custom_layers=regex, custom=formats["float8_e4m3fn_blockwise"])
+    layers = [LayerResult(f"{name}.weight", name, "", None, 937_000_000, 348_600_000, 0.1265, "time sweep", 0.1298, 0.1266)
+              for name in formats]  # fmt: skip
+    report = Report([Path("o.safetensors")], "", layers, {}, 10**9, 5 * 10**8, 3.0, False, 2**27)
+    names = ("single_blocks.0.linear1", "double_blocks.0.linear1")
+    source = save(tmp_path / "source.safetensors", {f"{name}.weight": floats(256, 256) for name in names})
+    plan, tiles, _ = dry_run(source, tmp_path / "o.safetensors", recipe)
+    screen = Screen(out=terminal(width) if width else Console(file=io.StringIO()))
+    screen.show_report(report)
+    screen.show_plan(plan, tiles, 10**12, tmp_path / "o.safetensors")
+    told = shown(screen.out).splitlines()
+    rows = [line.split("  ") for line in told if line.startswith(tuple(formats))]
+    assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [
+        [name, "1", "937.0 MB", "348.6 MB", "0.1265", "0.1298 → 0.1266"] for name in formats
+    ]
+    assert any(re.search(r"base format .* bnb_nf4 +1 +131.1 kB +37\.\d kB *$", line) for line in told), told
+    if width:
+        assert all(len(line.rstrip()) <= width for line in told if str(tmp_path) not in line), told
+    else:
+        assert f"custom layers '{regex}'" in shown(screen.out), "in a log a name can be searched for"
