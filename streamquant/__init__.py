@@ -8,6 +8,7 @@ Importing this package imports neither torch nor numba; they come when a weight 
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,13 @@ def convert(
     from streamquant.transcode import convert as run
 
     return run(source, destination, recipe, options=options, **named)
+
+
+def __getattr__(name: str) -> Any:
+    """`streamquant.calibration`, which is imported when it is asked for."""
+    if name == "calibration":
+        return importlib.import_module("streamquant.calibration")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -122,9 +122,10 @@ def tile_sizes(
 
 
 def _too_large(need: int, unit: Unit, budget: int, option: str) -> BudgetError:
+    given = f"{budget // MEBIBYTE} MiB" if budget >= MEBIBYTE else f"{budget:,} bytes"
     return BudgetError(
         f"{printable(unit.key)} ({' x '.join(map(str, unit.shape))}) cannot be cut into tiles small enough for a budget of "
-        f"{budget // MEBIBYTE} MiB: give {option} {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
+        f"{given}: give {option} {math.ceil(need / MEBIBYTE)}MiB, or fewer --threads."
     )
 
 

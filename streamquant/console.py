@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,12 +29,14 @@ from streamquant.options import Silent
 from streamquant.plan import Plan, Unit
 from streamquant.presets import Preset
 from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
+from streamquant.terminal import can_redraw, progress_bar, say, show_table
 from streamquant.verdict import finite
 
 MEBIBYTE = 1 << 20
 PLAIN_SECONDS = 5.0  # between two progress lines when there is no terminal
 BAR_SECONDS = 0.05  # between two looks at the memory
 JSON_SECONDS = 0.5
+UNMEASURED = ("copy", "cast")  # formats that have no error
 LISTED = 12  # fallbacks shown before the rest is counted
 
 
@@ -68,9 +69,9 @@ class Screen:
         if self.as_json:
             kind = type(error).__name__
             self.line("error", kind=kind, message=str(error), exit_code=error.exit_code, resume=go_on_with)
-        self.err.print(Text.assemble(("error: ", "bold red"), printable_lines(str(error))), soft_wrap=True)
+        say(self.err, Text.assemble(("error: ", "bold red"), printable_lines(str(error))))
         if go_on_with:
-            self.err.print(Text.assemble(("go on with: ", "bold"), printable_lines(go_on_with)), soft_wrap=True)
+            say(self.err, Text.assemble(("go on with: ", "bold"), printable_lines(go_on_with), no_wrap=True))
 
     @contextmanager
     def watching(self) -> Iterator[Any]:
@@ -79,7 +80,7 @@ class Screen:
             yield JsonLines(self)
         elif self.quiet:
             yield Silent()
-        elif self.err.is_terminal:
+        elif can_redraw(self.err):
             with Bar(self.err) as bar:
                 yield bar
         else:
@@ -90,20 +91,22 @@ class Screen:
         if self.as_json:
             self.line("plan", **plan_as_json(plan, tiles, free, destination))
         elif not self.quiet:
-            self._print(plan_view(plan, tiles, free, destination))
+            self.show(plan_view(plan, tiles, free, destination))
 
     def show_report(self, report: Report) -> None:
         """The end of a conversion: a table per format, and where the file is."""
         if self.as_json:
             self.line("done", **report.as_json())
         elif not self.quiet:
-            self._print(report_view(report))
+            self.show(report_view(report))
 
-
-    def _print(self, parts: list[Table | Text]) -> None:
-        """Tables fit the screen; lines are never cut, so that a path can be copied whole."""
+    def show(self, parts: list[Table | Text]) -> None:
+        """Print the parts of a view to standard output."""
         for part in parts:
-            self.out.print(part, soft_wrap=isinstance(part, Text))
+            if isinstance(part, Text):
+                say(self.out, part)
+            else:
+                show_table(self.out, part)
 
     def show_presets(self, known: Iterable[Preset]) -> None:
         """A table of the architectures."""
@@ -114,7 +117,7 @@ class Screen:
             if not preset.name.startswith("_"):
                 flags = " ".join(f"--{flag}" for flag in preset.flags)
                 table.add_row(preset.name, preset.title, flags, "by its keys" if preset.recognise_all else "by flag only")
-        self.out.print(table)
+        show_table(self.out, table)
 
 
 class Bar(Silent):
@@ -122,17 +125,7 @@ class Bar(Silent):
 
     def __init__(self, console: Console):
         self.console = console
-        self._bar = Progress(
-            BarColumn(bar_width=28),
-            TextColumn("{task.percentage:>3.0f}%"),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[memory]}"),
-            TextColumn("[dim]{task.fields[tensor]}", table_column=None),
-            console=console,
-            transient=True,
-        )
+        self._bar = progress_bar(console, "memory", "tensor")
         self._unshown, self._last = 0, 0.0
         self._task = self._bar.add_task("", total=None, memory="", tensor="", start=False)
 
@@ -144,7 +137,7 @@ class Bar(Silent):
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable_lines(text)))
+        say(self.console, Text(printable_lines(text)))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._budget = tiles.memory_budget
@@ -161,7 +154,7 @@ class Bar(Silent):
         if now - self._last < BAR_SECONDS:
             return  # small tensors come by the thousand a second
         memory = _memory(self._budget)
-        self._bar.update(self._task, advance=self._unshown, memory=memory, tensor=escape(printable(unit.key, 40)))
+        self._bar.update(self._task, advance=self._unshown, memory=memory, tensor=escape(printable(unit.key)))
         self._unshown, self._last = 0, now
 
 
@@ -174,7 +167,7 @@ class PlainLines(Silent):
         self._start = self._last = time.monotonic()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable_lines(text)), soft_wrap=True)
+        say(self.console, Text(printable_lines(text)))
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self._done, self._total = done_bytes, plan.source_bytes
@@ -233,7 +226,7 @@ class JsonLines(Silent):
 
 def _memory(budget: int) -> str:
     """Memory in use against what was allowed."""
-    return f"{anonymous_bytes() // MEBIBYTE} of {budget // MEBIBYTE} MiB"
+    return f"{anonymous_bytes() // MEBIBYTE}/{budget // MEBIBYTE} MiB RAM"
 
 
 def report_view(report: Report) -> list[Table | Text]:
@@ -244,12 +237,12 @@ def report_view(report: Report) -> list[Table | Text]:
     learned = any(layer.output_error_before is not None for layer in report.layers)
     headings = ["weight error", "output error"] if learned else ["ratio", "mean relative error"]
     for heading in ["layers", "in", "out", *headings]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading not in ("weight error", "mean relative error"))
     for summary in report.by_format():
         error = summary.mean_relative_error
         table.add_row(
             summary.format,
-            str(summary.layers),
+            f"{summary.layers:,}",
             decimal(summary.source_bytes),
             decimal(summary.output_bytes),
             *([] if learned else [_ratio(summary.output_bytes, summary.source_bytes)]),
@@ -258,15 +251,21 @@ def report_view(report: Report) -> list[Table | Text]:
         )
     table.add_section()
     table.add_row(
-        "file", str(len(report.layers)), decimal(report.source_bytes), decimal(report.output_bytes),
+        "file", f"{len(report.layers):,}", decimal(report.source_bytes), decimal(report.output_bytes),
         "" if learned else _ratio(report.output_bytes, report.source_bytes), "", style="bold",
     )  # fmt: skip
+    # A run that went on where another stopped did only a part of the work: over its time the whole would be too fast.
     speed = decimal(int(report.source_bytes / max(report.seconds, 1e-9)))
+    pace = " since resuming" if report.resumed else f", {speed}/s"
     peak = report.peak_anonymous_bytes // MEBIBYTE
-    lines = [Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim")]
+    lines = [Text(f"{report.seconds:.1f} s{pace}, peak {peak} MiB of anonymous memory", style="dim")]
+    unknown = sum(layer.relative_error is None and layer.format not in UNMEASURED for layer in report.layers)
+    if unknown and not report.resumed:
+        held = f"{unknown:,} layers hold" if unknown > 1 else "1 layer holds"
+        lines.insert(0, Text(f"{held} NaN or infinity: not in the mean errors", style="yellow"))
     if learned:
         lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
-    lines += [Text(printable(str(path), 4096), style="green") for path in _few(report.outputs)]
+    lines += [Text(printable(str(path), 4096), style="green", no_wrap=True) for path in _few(report.outputs)]
     return [table, *lines]
 
 
@@ -299,27 +298,30 @@ def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> lis
     """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("rule", overflow="fold")
-    table.add_column("becomes")
+    table.add_column("becomes", no_wrap=True)
     for heading in ("layers", "in", "out"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for (rule, becomes), units in _by_rule(plan).items():
         read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
-        table.add_row(Text(printable(rule, 300)), becomes, str(len(units)), decimal(read), decimal(written))
+        table.add_row(Text(printable(rule, 300)), becomes, f"{len(units):,}", decimal(read), decimal(written))
     parts: list[Table | Text] = [*(Text(printable_lines(note)) for note in plan.notes), table]
     fallbacks = fallback_units(plan)
     if fallbacks:
-        parts.append(Text(f"\nNot as asked for ({len(fallbacks)}):", style="bold"))
+        parts.append(Text(f"\nNot as asked for ({len(fallbacks):,}):", style="bold"))
         parts += [Text(f"  {printable(unit.key)}: {printable(str(unit.reason), 300)}") for unit in fallbacks[:LISTED]]
         if len(fallbacks) > LISTED:
-            parts.append(Text(f"  and {len(fallbacks) - LISTED} more (--json lists all)"))
+            parts.append(Text(f"  and {len(fallbacks) - LISTED:,} more (--json lists all)"))
     if plan.removed:
         parts.append(Text(f"\nLeft out: {len(plan.removed)} tensors ({', '.join(map(printable, list(plan.removed)[:3]))} …)"))
     size = plan.checkpoint.size
     shards = f" in {len(plan.files)} shards" if len(plan.files) > 1 else ""
     parts += [
         Text(f"\n{decimal(size)} become {decimal(plan.output_size)} ({_ratio(plan.output_size, size)}){shards}."),
-        Text(f"Free disk {decimal(free)}. Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most."),
+        Text.assemble(
+            f"Free disk {decimal(free)}", (", which is too little" if free < plan.output_size else "", "bold red"),
+            f". Peak memory to expect: {tiles.peak_bytes // MEBIBYTE} MiB at the most.",
+        ),
         Text(f"Nothing was written. Output would be {printable(str(destination), 4096)}"),
     ]
     return parts

@@ -23,12 +23,13 @@ from streamquant.options import Options
 PACKAGES = {
     "torch": (True, "the GPU, learned rounding, the fallback on the CPU"),
     "numpy": (True, "reading and writing weights"),
-    "numba": (False, "the compiled CPU path, several times faster: pip install 'streamquant[fast]'"),
+    "numba": (False, "the compiled CPU path, several times faster: pip install numba"),
     "triton": (False, "kernels on NVIDIA GPUs (Linux)"),
     "bitsandbytes": (False, "NF4 and FP4 on GPUs"),
-    "safetensors": (True, "tests and other programs; streamquant reads files itself"),
+    "safetensors": (False, "tests and other programs; streamquant reads files itself"),
     "comfy-kitchen": (False, "ComfyUI's tensors, in its own environment"),
     "gguf": (False, "names of what is in GGUF files: pip install gguf"),
+    "matplotlib": (False, "the pictures of --report: pip install matplotlib"),
 }
 GIGABYTE = 10**9
 LEAST_FREE_MEMORY = 10**9
@@ -92,7 +93,8 @@ def _processor_name() -> str:
 
 def _kernels() -> Iterator[Check]:
     for name, verdict in available().items():
-        yield Check(name, "ok" if verdict.startswith("yes") else "missing", verdict)
+        works = verdict.startswith("yes")
+        yield Check(name, "ok" if works else "missing", f"works{verdict.removeprefix('yes')}" if works else verdict)
 
 
 def _devices() -> Iterator[Check]:

@@ -284,11 +284,17 @@ def _rotated_marker(unit: Unit) -> dict[str, Any] | None:
 def _notes(units: list[Unit], removed: dict[str, str], foreign: dict[str, str], rules: Rules) -> Iterator[str]:
     if "auto" in rules.recipe.preset:
         prefix = f", with the prefix {printable(rules.prefix)!r}" if rules.prefix else ""
-        yield f"Architecture recognised by its keys: {rules.recognised.title}{prefix}."
+        if rules.recognised.name.startswith("_"):
+            yield (
+                f"Architecture not recognised{prefix}: embeddings, first and last layers stay as they are by the general rule; "
+                f"--preset names another, --dry-run shows what stays."
+            )
+        else:
+            yield f"Architecture recognised by its keys: {rules.recognised.title}{prefix}."
     for reason, count in Counter(reason.partition(" (")[0] for reason in removed.values()).items():
         yield f"{_tensors(count)} left out by {reason}."
     if decoded := Counter(unit.decoded.format for unit in units if unit.decoded):
-        found = ", ".join(f"{count} {printable(name)}" for name, count in decoded.items())
+        found = ", ".join(f"{f'{count:,} ' * (len(decoded) > 1)}{printable(name)}" for name, count in decoded.items())
         yield (
             f"The source is quantized: {_layers(decoded.total())} decoded on the way ({found}). Errors are against the decoded "
             f"weights; convert from the original checkpoint if you have it, which loses less."

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from streamquant import errors
 from streamquant.checkpoint.header import printable
 from streamquant.kernels import why_no_jit
@@ -108,8 +110,8 @@ def check_disk(plan: PlannedOutput, folder: Path) -> None:
     free = free_disk(folder)
     if needed > free:
         raise errors.DiskSpaceError(
-            f"The output needs {needed / 1e9:.2f} GB and {printable(str(folder), 300)} has {free / 1e9:.2f} GB free: make room "
-            f"or choose another disk with -o."
+            f"The output needs {decimal(needed)} and {printable(str(folder), 300)} has {decimal(free)} free: make room, or "
+            f"choose another disk with -o."
         )
 
 

@@ -72,6 +72,13 @@ class Verdict:
     def sound(self) -> bool:
         return not self.findings
 
+    @property
+    def hashes_in_words(self) -> str:
+        """How many hashes agree of those that were looked at: of a sample, not those of whole tensors."""
+        looked = self.hashed[0] + sum(finding.kind == "hash" for finding in self.findings)
+        rest = self.hashes_known - looked
+        return f"{self.hashed[0]:,} of {looked:,} hashes agree" + (f" ({rest:,} not looked at)" if rest > 0 else "")
+
     def as_json(self) -> dict[str, Any]:
         """JSON values; numbers that JSON does not have (an infinite ratio) become null."""
         return finite(asdict(self) | {"sound": self.sound, "source": str(self.source), "output": str(self.output)})

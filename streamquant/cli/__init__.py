@@ -52,7 +52,7 @@ for command in (calibration, inspect, verify, compare, dequantize, doctor, comfy
 
 @main.command("presets")
 def list_presets() -> None:
-    """List the architectures, their flags and how many rules keep layers."""
+    """List the architectures and their flags."""
     from streamquant import console
 
     console.Screen().show_presets(presets.load_presets().values())

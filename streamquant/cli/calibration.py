@@ -25,7 +25,10 @@ def calibration() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines for programs.")
 def merge(files: tuple[str, ...], output: str, force: bool, as_json: bool) -> None:
-    """Merge calibrations of one model, exactly: as if all had been collected in one go."""
+    """Merge calibrations of one model exactly.
+
+    The result is what collecting all of them in one go would have given.
+    """
     with reporting(as_json) as screen:
         from streamquant import calibration as library
         from streamquant.checkpoint.header import printable
@@ -65,4 +68,4 @@ def inspect(file: str, as_json: bool) -> None:
             return
         from streamquant.views.calibration import calibration_table
 
-        screen.out.print(calibration_table(rows))
+        screen.show([calibration_table(rows)])

@@ -95,7 +95,7 @@ class GroupedHelp(click.Command):
                 formatter.write_dl([("  ".join(spelled[word] for word in names.split() or [""]), text) for names, text in rows])
 
 
-@click.command(cls=GroupedHelp)
+@click.command(cls=GroupedHelp, short_help="Convert SOURCE to FP8, INT8, NF4 or a mixture.")
 @click.argument("source", required=False, metavar="[SOURCE]")
 @click.option("-i", "--input", "input_", metavar="PATH")
 @click.option("-o", "--output", metavar="PATH")
@@ -195,8 +195,11 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
     screen.show_report(report)
     if given["report"]:
         from streamquant.pages import write_conversion_page
+        from streamquant.views import report_line
 
-        write_conversion_page(given["report"], source, report)
+        page = write_conversion_page(given["report"], source, report)
+        if not (given["as_json"] or given["quiet"]):
+            screen.show([report_line(page)])
 
 
 def _source(given: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import click
 from .running import reporting
 
 
-@click.command()
+@click.command(short_help="Show what is here, what is fast and what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line a check.")
 def doctor(as_json: bool) -> None:
     """Show versions, devices, what is fast here and what is missing. Exit code 1 when something needed is missing."""

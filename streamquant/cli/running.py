@@ -57,10 +57,10 @@ def screen_options(command: Callable) -> Callable:
 
 def machine_options(command: Callable) -> Callable:
     """--threads and --io."""
-    command = click.option(
-        "--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", metavar="HOW", help="auto, mmap or pread."
-    )(command)
-    return click.option("--threads", type=click.IntRange(1), metavar="N", help="[all processors]")(command)
+    io, threads = "How files are read: auto, mmap or pread.", "How many threads work; by default one a processor."
+    choice = click.Choice(["auto", "mmap", "pread"])
+    command = click.option("--io", type=choice, default="auto", metavar="HOW", help=io)(command)
+    return click.option("--threads", type=click.IntRange(1), metavar="N", help=threads)(command)
 
 
 def options_from(given: dict[str, Any]) -> Options:

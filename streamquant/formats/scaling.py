@@ -126,7 +126,8 @@ class ScaledEncoder(Encoder):
             # Only with --allow-nonfinite does anyone see this tile: NaN gets the grid's own, infinities saturate.
             encoded.finite = False
             codes[backend.nan_mask(tile)] = self.nan_code
-            encoded.sums = type(encoded.sums)()
+        if not encoded.finite:
+            encoded.sums = type(encoded.sums)(error=np.nan)  # nobody knows the error of what has no size: it is no 0
         encoded.payloads = [codes] if geometry.mode == "tensor" else [codes, scales[-1]]
         return encoded
 

@@ -38,5 +38,15 @@
   }
 
   choice.addEventListener("change", show);
+  // A cell of the heat map and a row of the table say which layer they are.
+  document.addEventListener("click", function (event) {
+    const about = event.target.closest("[data-layer]");
+    const option = about && Array.from(choice.options).find((option) => option.textContent === about.dataset.layer);
+    if (!option) return;
+    choice.value = option.value;
+    show();
+    choice.scrollIntoView({ block: "nearest" });
+    place.scrollIntoView({ block: "nearest" });
+  });
   show();
 })();

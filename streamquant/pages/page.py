@@ -76,7 +76,7 @@ def write_verdict_page(folder: str | Path, verdict: Verdict) -> Path:
     word = '<span class="good">sound</span>' if verdict.sound else '<span class="bad">unsound</span>'
     facts = [
         f"{word}: {len(verdict.layers):,} layers decoded and compared, {verdict.copied[0]:,} tensors compared byte for byte"
-        + (f", {verdict.hashed[0]:,} of {verdict.hashes_known:,} hashes agree." if verdict.hashes_known else "."),
+        + (f", {verdict.hashes_in_words}." if verdict.hashes_known else "."),
         f"{_size(verdict.source_bytes)} became {_size(verdict.output_bytes)}. Looked at {verdict.sampled:.0%} of the weights.",
         *map(_text, verdict.notes),
     ]
@@ -98,7 +98,8 @@ def write_conversion_page(folder: str | Path, source: str | Path, report: Report
         if layer.relative_error is not None
     ]  # fmt: skip
     output = next((path for path in report.outputs if path.name.endswith(".index.json")), report.outputs[0])
-    facts = [f"{_size(report.source_bytes)} became {_size(report.output_bytes)} in {report.seconds:.1f} s."]
+    resumed = " since it was resumed" if report.resumed else ""
+    facts = [f"{_size(report.source_bytes)} became {_size(report.output_bytes)} in {report.seconds:.1f} s{resumed}."]
     return _write(folder, Path(source), output, layers, [*facts, *map(_text, report.notes)], [])
 
 
@@ -154,12 +155,13 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "infinite" if value > 0 else "not a number"
 
 
-def _row(cells: Sequence[str], words: int, tag: str = "td") -> str:
-    """A table row whose first `words` cells hold words, the others numbers."""
+def _row(cells: Sequence[str], words: int, tag: str = "td", layer: str | None = None) -> str:
+    """A table row whose first `words` cells hold words, the others numbers. layer: that it is about."""
     made = (
         f"<{tag}>{cell}</{tag}>" if index < words else f'<{tag} class="n">{cell}</{tag}>' for index, cell in enumerate(cells)
     )
-    return f"<tr>{''.join(made)}</tr>"
+    about = "" if layer is None else f' data-layer="{_text(layer)}"'
+    return f"<tr{about}>{''.join(made)}</tr>"
 
 
 def _formats(layers: list[PageLayer]) -> str:
@@ -181,7 +183,7 @@ def _layers(layers: list[PageLayer]) -> str:
     for layer in sorted(layers, key=lambda layer: -layer.error):
         name = _text(layer.name) + (f' <span class="bad">{_text(layer.cause)}</span>' if layer.cause else "")
         cells = [name, _text(layer.format), _number(layer.error), _number(layer.nearest)]
-        rows.append(_row([*cells, _size(layer.source_bytes), _size(layer.output_bytes)], 2))
+        rows.append(_row([*cells, _size(layer.source_bytes), _size(layer.output_bytes)], 2, layer=layer.name))
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
@@ -194,7 +196,7 @@ def _histograms(layers: list[PageLayer], samples: dict[str, LayerSample]) -> str
     options = "".join(f'<option value="{index}">{_text(name)}</option>' for index, name in enumerate(shown))
     return (
         f'<h2>Histograms</h2><p><label>Layer <select id="layer">{options}</select></label> '
-        f'<span class="dim">a few tiles of each; the worst layer first</span></p>'
+        f'<span class="dim">a few tiles of each, the worst first; a click on a cell above or a row below chooses it</span></p>'
         f'<div id="histograms" class="histograms"></div><script type="application/json" id="samples">{data}</script>'
         f"<script>{_resource('histograms.js')}</script>"
     )

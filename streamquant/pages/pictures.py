@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ INK = "#010203"  # stands for the page's own text colour, and is replaced by it
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 CELL, LEFT, RIGHT, PANEL = 0.24, 1.7, 1.3, 0.75  # inches: of a cell, beside the cells, above and below those of a stack
+TITLE = 10  # points
 MAX_BLOCKS, MAX_KINDS, MAX_STACKS, MAX_POINTS, MAX_FORMATS = 400, 100, 24, 20_000, 12  # more of them no picture shows
 MAX_DIGITS = 18  # of a block's number
 _NUMBER = re.compile(r"(?<![0-9A-Za-z_])\d+(?![0-9A-Za-z_])")
@@ -74,10 +76,9 @@ def blocks_and_kinds(points: Sequence[Point]) -> dict[str, tuple[list[int], list
     """
     stacks: dict[str, dict[tuple[int, str], float]] = {}
     for point in points:
-        match = _NUMBER.search(point.name)
-        if match and len(match[0]) <= MAX_DIGITS and math.isfinite(point.error):
-            stack, kind = point.name[: match.start()].rstrip("."), point.name[match.end() :].lstrip(".")
-            stacks.setdefault(stack, {})[int(match[0]), kind] = point.error
+        if place := _place(point):
+            stack, block, kind = place
+            stacks.setdefault(stack, {})[block, kind] = point.error
     tables = {}
     for stack, cells in stacks.items():
         blocks, kinds = sorted({block for block, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
@@ -91,8 +92,19 @@ def blocks_and_kinds(points: Sequence[Point]) -> dict[str, tuple[list[int], list
     return tables
 
 
+def _place(point: Point) -> tuple[str, int, str] | None:
+    """(stack, block number, kind of layer) of a layer in a block; None of all others."""
+    match = _NUMBER.search(point.name)
+    if not match or len(match[0]) > MAX_DIGITS or not math.isfinite(point.error):
+        return None
+    return point.name[: match.start()].rstrip("."), int(match[0]), point.name[match.end() :].lstrip(".")
+
+
 def heat_map(points: Sequence[Point]) -> str | None:
-    """Relative error by block and kind of layer, on one logarithmic colour scale; None when no layer is in a block."""
+    """Relative error by block and kind of layer, on one logarithmic colour scale; None when no layer is in a block.
+
+    Each cell says which layer it is: to a person who points at it, and to the page in `data-layer`.
+    """
     tables = {stack: table for stack, table in blocks_and_kinds(points).items() if (table[2] > 0).sum() > 1}
     if not tables:
         return None
@@ -104,28 +116,64 @@ def heat_map(points: Sequence[Point]) -> str | None:
     every = np.concatenate([grid[grid > 0] for _, _, grid in tables.values()])
     norm = LogNorm(float(every.min()) / 1.02, float(every.max()) * 1.02)
     # Places are in inches: every cell is a square of the same size, in whatever stack.
-    widest = max(len(blocks) for blocks, _, _ in tables.values()) * CELL
+    titles = {stack: _shortened(stack) or "layers" for stack in tables}
+    widest = max(max(CELL * len(table[0]), _title_width(titles[stack])) for stack, table in tables.items())
     heights = [len(kinds) * CELL for _, kinds, _ in tables.values()]
     width, height = LEFT + widest + RIGHT, sum(heights) + PANEL * len(tables)
     with settings:
         figure = Figure(figsize=(width, height))
         top = height
-        for (stack, (blocks, kinds, grid)), tall in zip(tables.items(), heights, strict=True):
+        for number, ((stack, (blocks, kinds, grid)), tall) in enumerate(zip(tables.items(), heights, strict=True)):
             top -= PANEL / 2 + tall
             wide = len(blocks) * CELL
             panel = figure.add_axes((LEFT / width, top / height, wide / width, tall / height))
             top -= PANEL / 2
-            _draw_panel(panel, printable(stack, 40) or "layers", blocks, [printable(kind, 40) or "weight" for kind in kinds])
-            panel.pcolormesh(np.ma.masked_invalid(np.where(grid > 0, grid, np.nan)), norm=norm, cmap="cividis")
+            _draw_panel(panel, titles[stack], blocks, [_shortened(kind) or "weight" for kind in kinds])
+            shown = np.ma.masked_invalid(np.where(grid > 0, grid, np.nan))
+            panel.pcolormesh(shown, norm=norm, cmap="cividis", gid=f"stack-{number}")
             panel.invert_yaxis()
         tall = min(height - PANEL, 2.4)
         bar = figure.add_axes(((LEFT + widest + 0.35) / width, 1 - (PANEL / 2 + tall) / height, 0.16 / width, tall / height))
         _draw_bar(bar, norm)
-        return _svg(figure, "Heat map of the relative error by block and kind of layer")
+        svg = _svg(figure, "Heat map of the relative error by block and kind of layer")
+    if sum(grid.size for _, _, grid in tables.values()) > MAX_POINTS:
+        return svg
+    layers = {place: point for point in points if (place := _place(point))}
+    for number, (stack, (blocks, kinds, _)) in enumerate(tables.items()):
+        svg = _with_names(svg, f"stack-{number}", [layers.get((stack, block, kind)) for kind in kinds for block in blocks])
+    return svg
+
+
+def _title_width(title: str) -> float:
+    """Inches, and a little more: matplotlib's font is a wide one, but the reader's browser chooses its own."""
+    from matplotlib.textpath import TextPath
+
+    return 1.1 * TextPath((0, 0), title, size=TITLE).get_extents().width / 72
+
+
+def _shortened(name: str, limit: int = 40) -> str:
+    """The end of a long name, which tells more than its beginning."""
+    shown = printable(name, 4096)
+    return shown if len(shown) <= limit else f"…{shown[1 - limit :]}"
+
+
+def _with_names(svg: str, group: str, layers: list[Point | None]) -> str:
+    """The cells of a group, which are drawn row by row, with the names of their layers."""
+    start = svg.index(f'<g id="{group}">')
+    end = svg.index("</g>", start)
+    opening, *cells = re.split("(?=<path )", svg[start:end])
+    if len(cells) != len(layers):
+        return svg
+    for place, layer in enumerate(layers):
+        if layer is not None:
+            name = escape(printable(layer.name, 4096))
+            cells[place] = cells[place].replace("<path ", f'<path data-layer="{name}" ', 1)
+            cells[place] = cells[place].replace("/>", f"><title>{name}: {layer.error:.4g}</title></path>", 1)
+    return svg[:start] + opening + "".join(cells) + svg[end:]
 
 
 def _draw_panel(panel: Any, title: str, blocks: list[int], kinds: list[str]) -> None:
-    panel.set_title(title, loc="left", fontsize=10)
+    panel.set_title(title, loc="left", fontsize=TITLE)
     step = max(1, len(blocks) // 24)
     panel.set_xticks(np.arange(len(blocks))[::step] + 0.5, [str(block) for block in blocks[::step]])
     panel.set_yticks(np.arange(len(kinds)) + 0.5, kinds)

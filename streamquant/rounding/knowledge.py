@@ -141,6 +141,8 @@ class LayerKnowledge:
         rotated = sum(unit.format.convrot_group_size > 0 for unit in ours)
         if ours and not self.look:
             yield f"The INT8 rows of {_layers(len(ours))} will be rotated (ConvRot) where that lowers their error."
+        elif ours and not rotated:
+            yield f"The INT8 rows of {_layers(len(ours))} are not rotated (ConvRot), for they are better as they are."
         elif ours:
             rest = f"; {len(ours) - rotated} are better as they are" if rotated < len(ours) else ""
             yield f"The INT8 rows of {_layers(rotated)} are rotated (ConvRot), which lowers their error{rest}."

@@ -15,7 +15,7 @@ def calibration_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in ("columns", "inputs", "kept", "in mean", "in sketch", "in top"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         kept = "whole H" if row["kind"] == "hessian" else f"rank {row['rank']}"
         shares = [f"{row[name]:.1%}" if name in row else "" for name in ("energy_in_mean", "energy_in_sketch", "top_channel")]

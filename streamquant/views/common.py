@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderResult
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from streamquant.checkpoint.header import printable
 from streamquant.console import PLAIN_SECONDS, Screen
+from streamquant.terminal import can_redraw, progress_bar, say, show_table, wrapped
 from streamquant.verdict import Unwatched, Watcher
 
-WIDEST = 10_000  # columns
+HARD_SPACE = "\u00a0"
 LISTED = 12  # findings shown before the rest is counted
 
 
@@ -32,18 +33,23 @@ LISTED = 12  # findings shown before the rest is counted
 class Rows:
     """A table that may be long and has a long name in its first column: every row is one line, as wide as it needs to be; on
     a terminal that is too narrow for it the name has a line of its own. bad: numbers of the rows that are to stand out.
+    breaks: names may take several lines, broken after commas, where that makes the table fit.
     """
 
     headings: tuple[str, ...]
     right: tuple[str, ...]
     rows: list[list[str]]
     bad: set[int] | frozenset[int] = frozenset()
+    breaks: bool = False
 
     def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
         """(line, style): padded columns, two spaces between them. width: of the terminal."""
-        widths = [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        widths = self._widths
         pads = ["rjust" if heading in self.right else "ljust" for heading in self.headings]
-        is_stacked = width is not None and sum(widths) + 2 * (len(widths) - 1) > width
+        is_stacked = width is not None and not self._fits(width)
+        if is_stacked and self.breaks and (broken := self._broken())._fits(width):
+            yield from broken.lines(width)
+            return
         for number, row in enumerate((self.headings, *self.rows), start=-1):
             style = "bold" if number < 0 else "red" if number in self.bad else ""
             cells = [getattr(cell, pad)(room) for cell, pad, room in zip(row, pads, widths, strict=True)]
@@ -51,6 +57,22 @@ class Rows:
                 yield cells[0].rstrip(), style
                 cells[0] = ""
             yield "  ".join(cells).rstrip(), style
+
+
+    @property
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+
+    def _fits(self, width: int) -> bool:
+        return sum(self._widths) + 2 * (len(self.headings) - 1) <= width
+
+    def _broken(self) -> Rows:
+        """With a line for each part of a name."""
+        found = []
+        for name, *cells in self.rows:
+            first, *others = re.split("(?<=,) ", name)
+            found += [[first, *cells], *([f"  {part}", *[""] * len(cells)] for part in others)]
+        return Rows(self.headings, self.right, found)
 
 
 def rows(
@@ -61,7 +83,7 @@ def rows(
 
 
 def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
-    """Print to standard output. On a terminal tables fit its width and sentences break between words, but a line with a path
+    """Print to standard output. On a terminal tables fit its width and sentences break between words, but a line that is a path
     is never cut, so that it can be copied whole; elsewhere all is as wide as it needs to be, so that a name can be searched
     for.
     """
@@ -72,28 +94,46 @@ def show(screen: Screen, parts: list[Table | Text | Tree | Rows]) -> None:
                     screen.out.print(Text(line, style=style), soft_wrap=True)
                 else:
                     screen.out.file.write(f"{line}\n")
-        elif isinstance(part, Text) and screen.out.is_terminal and os.sep not in part.plain:
-            screen.out.print(part, overflow="ignore", crop=False, soft_wrap=False)
-        elif isinstance(part, Text) or isinstance(part, Tree) and not screen.out.is_terminal:
+        elif isinstance(part, Text):
+            say(screen.out, part)
+        elif isinstance(part, Tree) and not screen.out.is_terminal:
             screen.out.print(part, soft_wrap=True)
-        elif isinstance(part, Table) and not screen.out.is_terminal:
-            before, screen.out.width = screen.out.width, WIDEST
-            screen.out.width = Measurement.get(screen.out, screen.out.options, part).maximum
-            screen.out.print(part)
-            screen.out.width = before
+        elif isinstance(part, Table):
+            show_table(screen.out, part)
         else:
             screen.out.print(part)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table in the manner of this program; `right`: the columns that hold numbers."""
+def table(*columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """An empty table in the manner of this program. right: the columns that hold numbers. whole: those that are not narrowed
+    before all others are.
+    """
     made = Table(box=None, header_style="bold", pad_edge=False)
     for heading in columns:
         if heading in right:
             made.add_column(heading, justify="right", no_wrap=True)
         else:
-            made.add_column(heading, overflow="fold")
+            made.add_column(heading, overflow="fold", no_wrap=heading in whole)
     return made
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A cell of words that may take several lines; what belongs together ("128 x 128", "rotated by 256") stays together."""
+
+    text: str
+
+    @property
+    def _bound(self) -> Text:
+        together = re.compile(r"(rotated )?by (?=\d)|(?<=\d) x (?=\d)")
+        return Text(together.sub(lambda match: match[0].replace(" ", HARD_SPACE), self.text))
+
+    def __rich_measure__(self, console: RichConsole, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._bound.plain.split(" "))), len(self.text))
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        for line in wrapped(self._bound, options.max_width).plain.replace(HARD_SPACE, " ").split("\n"):
+            yield Text(line, no_wrap=True)
 
 
 def name_of(text: str, limit: int = 120) -> Text:
@@ -105,9 +145,14 @@ def path_of(path: Path) -> str:
     return printable(str(path), 4096)
 
 
+def path_line(path: Path) -> Text:
+    """A path on a line of its own, never broken."""
+    return Text(path_of(path), style="green", no_wrap=True)
+
+
 def report_line(path: Path) -> Text:
     """Where a page was written."""
-    return Text.assemble(("report  ", "bold"), path_of(path))
+    return Text.assemble(("report  ", "bold"), path_of(path), no_wrap=True)
 
 
 def ratio(value: float | None) -> str:
@@ -145,7 +190,7 @@ def watching(screen: Screen) -> Iterator[Watcher]:
     """A watcher in the manner the user chose: a bar on a terminal, lines in a log, nothing with --json or --quiet."""
     if screen.as_json or screen.quiet:
         yield Unwatched()
-    elif screen.err.is_terminal:
+    elif can_redraw(screen.err):
         with Progress(screen) as progress:
             yield progress
     else:
@@ -156,11 +201,7 @@ class Progress(Unwatched):
     """A progress bar by bytes, with the tensor in hand."""
 
     def __init__(self, screen: Screen):
-        self._bar = RichProgress(
-            BarColumn(bar_width=28), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True), TextColumn("[dim]{task.fields[tensor]}"),
-            console=screen.err, transient=True,
-        )  # fmt: skip
+        self._bar = progress_bar(screen.err, "tensor")
         self._task = self._bar.add_task("", total=None, tensor="", start=False)
 
     def __enter__(self) -> Progress:
@@ -175,7 +216,7 @@ class Progress(Unwatched):
         self._bar.start_task(self._task)
 
     def progress(self, name: str, nbytes: int) -> None:
-        self._bar.update(self._task, advance=nbytes, tensor=escape(printable(name, 40)))
+        self._bar.update(self._task, advance=nbytes, tensor=escape(printable(name)))
 
 
 class Lines(Unwatched):
@@ -197,4 +238,4 @@ class Lines(Unwatched):
         self._last = now
         speed = decimal(int(self._done / max(now - self._start, 1e-9)))
         text = f"{self._done / max(self._total, 1):4.0%}  {decimal(self._done)} of {decimal(self._total)}  {speed}/s"
-        self._screen.err.print(Text(f"{text}  {printable(name, 60)}"), soft_wrap=True)
+        say(self._screen.err, Text(f"{text}  {printable(name, 60)}"))

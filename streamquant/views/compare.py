@@ -21,7 +21,7 @@ def comparison_view(found: Comparison, every_layer: bool = False) -> list[Rows |
     formats_a, formats_b = _formats([layer.a for layer in found.layers]), _formats([layer.b for layer in found.layers])
     parts: list[Rows | Text] = [_file("A", found.a, found.bytes_a, formats_a), _file("B", found.b, found.bytes_b, formats_b)]
     if found.source is not None:
-        parts.append(Text.assemble(("source  ", "bold"), path_of(found.source)))
+        parts.append(Text.assemble(("source  ", "bold"), path_of(found.source), no_wrap=True))
     parts += [Text(""), *_tables(found, every_layer)]
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:

@@ -9,7 +9,7 @@ from streamquant.budget import MEBIBYTE
 from streamquant.checkpoint.header import printable
 from streamquant.dequantize import Dequantized
 
-from .common import count, path_of
+from .common import count, path_line
 
 
 def dequantized_view(report: Dequantized) -> list[Text]:
@@ -23,5 +23,5 @@ def dequantized_view(report: Dequantized) -> list[Text]:
         Text(f"{count(report.left_out, 'tensor')} of scales and markers left out"),
         Text(f"{decimal(report.source_bytes)} became {decimal(report.output_bytes)}"),
         Text(f"{report.seconds:.1f} s, {speed}/s, peak {peak} MiB of anonymous memory", style="dim"),
-        Text(path_of(report.output), style="green"),
+        path_line(report.output),
     ]  # fmt: skip

@@ -15,11 +15,12 @@ from streamquant.inspect import SCALES_PER_LAYER, Group, Inspection
 from streamquant.stored import StoredLayer
 from streamquant.stored.gguf import GgufSummary
 
-from .common import Rows, count, name_of, path_of, rows, sentences, shape_of, table
+from .common import Phrase, Rows, count, name_of, path_line, path_of, rows, sentences, shape_of, table
 
 METADATA_SHOWN = 8
 MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
 VALUE_LENGTH = 60
+WHOLE_FORMAT = 24  # characters of a format's name, all of ours and more, that a narrow terminal leaves whole
 
 
 def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
@@ -54,9 +55,9 @@ def _heading(found: Inspection) -> list[Text]:
         what.append(f"alpha {' to '.join(f'{alpha:g}' for alpha in dict.fromkeys((found.alphas[0], found.alphas[-1])))}"
                     if found.alphas else "")  # fmt: skip
         words = f"{', '.join(filter(None, what))}: not a checkpoint to convert\n"
-        return [Text(path_of(found.path), style="green"), Text(size), Text(words)]
+        return [path_line(found.path), Text(size), Text(words)]
     architecture = "architecture not recognised" if found.preset.startswith("_") else found.architecture
-    return [Text(path_of(found.path), style="green"), Text(size), Text(f"{architecture}{preset}{prefix}\n")]
+    return [path_line(found.path), Text(size), Text(f"{architecture}{preset}{prefix}\n")]
 
 
 def _large(number: int) -> str:
@@ -68,11 +69,12 @@ def _large(number: int) -> str:
 
 
 def _formats(found: Inspection) -> Table:
-    made = table("format", "scales", "layers", "size", "bits", "scale range", right=("layers", "size", "bits"))
+    whole = ("scale range", *(["format"] if all(len(group.format) <= WHOLE_FORMAT for group in found.groups) else []))
+    made = table("format", "scales", "layers", "size", "bits", "scale range", right=("layers", "size", "bits"), whole=whole)
     for group in found.groups:
         made.add_row(
-            name_of(group.format, 40), group.detail, f"{group.layers:,}", decimal(group.nbytes), f"{group.bits_per_weight:.2f}",
-            _range(group),
+            name_of(group.format, 40), Phrase(group.detail), f"{group.layers:,}", decimal(group.nbytes),
+            f"{group.bits_per_weight:.2f}", _range(group),
         )  # fmt: skip
     for kept in found.kept:
         bits = f"{8 * kept.nbytes / kept.elements:.2f}" if kept.elements else ""
@@ -203,7 +205,7 @@ def gguf_view(found: GgufSummary) -> list[Table | Text]:
     weights = f", {_large(found.weights)} weights" if found.weights else ""
     about = [part for part in (found.architecture, found.file_type) if part]
     parts: list[Table | Text] = [
-        Text(path_of(found.path), style="green"),
+        path_line(found.path),
         Text(f"{decimal(found.nbytes)}, {count(found.tensors, 'tensor')}{weights}"),
         Text(f"GGUF version {found.version}{''.join(f', {printable(part)}' for part in about)}\n"),
     ]

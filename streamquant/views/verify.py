@@ -31,9 +31,9 @@ def verdict_view(found: Verdict) -> list[Rows | Text]:
     parts.append(Text(f"\n{_done(found)}", style="dim"))
     if found.sound:
         looked = "sound" if found.sampled >= 1 else f"nothing wrong in the {found.sampled:.0%} that were looked at"
-        parts.append(Text.assemble((looked, "bold green"), "  ", path_of(found.output)))
+        parts.append(Text.assemble((looked, "bold green"), "  ", path_of(found.output), no_wrap=True))
     else:
-        parts.append(Text.assemble(("unsound", "bold red"), "  ", path_of(found.output)))
+        parts.append(Text.assemble(("unsound", "bold red"), "  ", path_of(found.output), no_wrap=True))
     return parts
 
 
@@ -44,7 +44,7 @@ def _formats(found: Verdict) -> Rows:
     for layer in found.layers:
         grouped.setdefault((layer.format, layer.detail), []).append(layer)
     listed = [[f"{printable(name, 40)}, {printable(detail)}", *_numbers(layers)] for (name, detail), layers in grouped.items()]
-    return rows(("format", *numbers), numbers, listed)
+    return Rows(("format", *numbers), numbers, listed, breaks=True)
 
 
 def _numbers(layers: list[LayerCheck]) -> list[str]:
@@ -69,10 +69,10 @@ def _done(found: Verdict) -> str:
     if found.copied[0]:
         words.append(f"{count(found.copied[0], 'tensor')} compared byte for byte")
     if found.hashes_known:
-        words.append(f"{found.hashed[0]:,} of {found.hashes_known:,} hashes agree")
+        words.append(found.hashes_in_words)
     looked = found.source_bytes * min(found.sampled, 1.0)
     speed = decimal(int(looked / max(found.seconds, 1e-9)))
-    return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed} a second"
+    return f"{', '.join(words)}; {decimal(int(looked))} of source in {found.seconds:.1f} s, {speed}/s"
 
 
 def checked_layers_view(found: Verdict) -> Rows:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
+import streamquant
 from streamquant.calibration import CalibrationError, collect, self_calibrate
 from streamquant.calibration.sketch import low_rank, probe
 
@@ -250,3 +253,11 @@ def test_what_cannot_be_collected_is_refused():
         model(torch.full((20, N), torch.nan))
     with pytest.raises(CalibrationError, match="first.*NaN"):
         collector.calibration()
+
+
+def test_it_is_there_after_importing_the_package_alone():
+    """As in README.md's example; and importing the package still imports no torch."""
+    script = "import sys, streamquant; assert 'torch' not in sys.modules; streamquant.calibration.collect"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        streamquant.nothing  # noqa: B018

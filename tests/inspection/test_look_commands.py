@@ -25,7 +25,8 @@ from streamquant.console import Screen
 from streamquant.doctor import Check, examine, sound
 from streamquant.inspect import inspect
 from streamquant.verify import verify
-from streamquant.views import checked_layers_view, layers_view, show, verdict_view
+from streamquant.views import checked_layers_view, inspection_view, layers_view, show, verdict_view
+from streamquant.views.common import Rows, path_line
 
 WIDE = {"COLUMNS": "160"}
 
@@ -93,6 +94,25 @@ def test_verify_an_unsound_output(files):
     assert run("verify", files / "source.safetensors", files / "broken.safetensors", "-q").stdout == ""
     (found,) = lines(run("verify", files / "source.safetensors", files / "broken.safetensors", "--json"))
     assert found["event"] == "verdict" and found["sound"] is False and len(found["findings"]) == 2
+
+
+def test_hashes_that_a_sample_leaves_out_are_not_told_as_differing(tmp_path):
+    source = save(tmp_path / "source.safetensors", {"big.weight": floats(2048, 2048), "small.weight": floats(64, 64)})
+    streamquant.convert(source, tmp_path / "output.safetensors", Recipe(FormatChoice("fp8", rounding="rtn")))
+    whole, sampled = (run("verify", source, tmp_path / "output.safetensors", *more).stdout for more in ([], ["--sample", "5%"]))
+    known = int(re.search(r"(\d+) of \1 hashes agree;", whole)[1])
+    agree, looked, rest = map(int, re.search(r"(\d+) of (\d+) hashes agree \((\d+) not looked at\)", sampled).groups())
+    assert agree == looked == known - rest and rest > 0
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_of_verify_breaks_after_commas_before_names_get_lines_of_their_own(width):
+    numbers = ("layers", "error", "worst", "dB", "cosine", "largest", "saturated")
+    cells = ["34", "0.0370", "0.0532", "25.5", "0.99859", "0.071", "0.14%"]
+    found = Rows(("format", *numbers), numbers, [["float8_e4m3fn, tensor scale", *cells]], breaks=True)
+    shown = [line for line, _ in found.lines(width)]
+    assert max(map(len, shown)) <= width and shown[1].split()[-7:] == cells
+    assert len(shown) == (3 if width == 80 else 2) and (shown[-1] == "  tensor scale") == (width == 80)
 
 
 @pytest.mark.parametrize("share", ["0", "-5%", "150%", "much", "nan"])
@@ -255,10 +275,33 @@ def test_on_a_narrow_terminal_names_are_whole_and_lines_fit(tmp_path, width):
     shown = on_a_terminal(width, [checked_layers_view(verdict), *verdict_view(verdict)[:1]])
     shown += on_a_terminal(width, [layers_view(inspect(tmp_path / "output.safetensors"))])
     assert all(len(line) <= width for line in shown.splitlines()), shown
-    assert all(shown.count(name) == 2 for name in names) and "int8_tensorwise, row scales, rotated by 256" in shown
+    assert all(shown.count(name) == 2 for name in names) and "rotated by 256" in shown
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        FormatChoice("int8", convrot=True), FormatChoice("fp8", "block"), FormatChoice("fp8", "block3d"),
+        FormatChoice("nf4", double_quant=True),
+    ],
+)  # fmt: skip
+def test_the_table_of_inspect_fits_80_columns_with_whole_numbers(tmp_path, choice):
+    source = save(tmp_path / "source.safetensors", {f"blocks.{i}.weight": floats(256, 512, seed=i) for i in range(3)})
+    streamquant.convert(source, tmp_path / "output.safetensors", Recipe(choice))
+    found = inspect(tmp_path / "output.safetensors")
+    (group,) = found.groups
+    narrow, wide, tiny = (on_a_terminal(width, inspection_view(found)) for width in (80, 200, 56))
+    assert max(map(len, narrow.splitlines()[1:])) <= 80, narrow  # the first line is the path
+    (row,) = [line for line in wide.splitlines() if line.startswith(group.format)]
+    assert group.detail in row
+    numbers = row[row.index(group.detail) + len(group.detail) :].split()
+    (row,) = [line for line in narrow.splitlines() if line.startswith(group.format)]
+    assert row.split()[-len(numbers) :] == numbers and all(piece in narrow for piece in re.split(", | blocks", group.detail))
+    assert all(word in tiny for word in ("scales", *numbers, *group.detail.split())), "nothing is left out or broken"
 
 
 def test_sentences_break_between_words_and_paths_do_not():
     words = " ".join(["extraordinarily"] * 20)
-    shown = on_a_terminal(40, [Text(words), Text("/folder" * 20)])
-    assert shown.split()[:20] == ["extraordinarily"] * 20 and "/folder" * 20 in shown
+    *lines, path, spaced = on_a_terminal(40, [Text(words), Text("/folder" * 20), path_line(Path("/a b" * 20))]).splitlines()
+    assert " ".join(lines) == words and all(len(line) <= 40 for line in lines)
+    assert path == "/folder" * 20 and spaced == "/a b" * 20

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -146,6 +147,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_conversion(tmp_path, f
     assert refused.exit_code == errors.UsageError.exit_code and "pip install matplotlib" in refused.output
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing was converted"
     done = CliRunner().invoke(cli.main, list(map(str, [*command, tmp_path / "page"])))
+    assert f"report  {tmp_path / 'page' / 'report.html'}" in done.stdout
     assert done.exit_code == 0 and [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"], done.output
 
 
@@ -167,6 +169,74 @@ def test_the_picture_of_errors_has_labels_whatever_they_span(errors_):
     assert len(set(labels)) == len(labels) >= 2, labels
 
 
+def told(document: str, tmp_path: Path) -> Any:
+    """What a script at the end of a page says by `tell`, in a real browser."""
+    tell = """<script>function tell(value) {
+      const said = document.createElement("pre");
+      said.id = "told";
+      said.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(value))));
+      document.body.appendChild(said);
+    }</script>"""
+    driven = tmp_path / "driven.html"
+    driven.write_text(document.replace("<body>", f"<body>{tell}", 1), encoding="utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    dumped = subprocess.run([*command, driven.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    return json.loads(base64.b64decode(re.search(r'id="told">([^<]+)<', dumped)[1]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
+def test_a_click_on_a_cell_or_a_row_chooses_its_layer(files, tmp_path):
+    driver = """<script>
+      const choice = document.getElementById("layer"), clicked = [];
+      document.querySelector("details").open = true;
+      for (const about of document.querySelectorAll("[data-layer]")) {
+        const inner = about.querySelector("td") || about;
+        choice.selectedIndex = -1;
+        document.getElementById("histograms").replaceChildren();
+        inner.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+        clicked.push([about.tagName, about.dataset.layer, choice.options[choice.selectedIndex].textContent,
+                      document.querySelectorAll("#histograms figure").length]);
+      }
+      tell(clicked);
+    </script>"""
+    clicked = told(page(files) + driver, tmp_path)
+    layers = {f"blocks.{block}.{kind}" for block in range(4) for kind in ("attn.qkv", "mlp.up")}
+    assert {asked for tag, asked, _, _ in clicked if tag == "path"} == layers
+    assert {asked for tag, asked, _, _ in clicked if tag == "TR"} == layers | {"img_in", NASTY}
+    assert all(asked == chosen and figures >= 2 for _, asked, chosen, figures in clicked), clicked
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
+@pytest.mark.parametrize("stack", ["blocks", "model.diffusion_model.transformer.double_stream_blocks", "m" * 300])
+@pytest.mark.parametrize("blocks", [2, 40])
+def test_nothing_in_the_heat_map_covers_anything_else(tmp_path, stack, blocks):
+    points = [Point(f"{stack}.{block}.{kind}", "nf4", 0.1 + block / 100, 100) for block in range(blocks) for kind in "abcdef"]
+    points += [Point(f"{stack}.single.{block}.{kind}", "nf4", 0.2, 100) for block in range(3) for kind in ("linear1", "w" * 90)]
+    driver = """<script>
+      const parts = [...document.querySelectorAll("svg text"), ...document.querySelectorAll("svg [id^=QuadMesh], svg [id^=stack]")];
+      tell(parts.map((part) => { const box = part.getBoundingClientRect();
+        return [part.textContent.trim().slice(0, 60) || part.id, box.left, box.top, box.right, box.bottom]; }));
+    </script>"""
+    boxes = told(f"<!doctype html><meta charset=utf-8><body>{heat_map(points)}{driver}", tmp_path)
+    assert len(boxes) > 12
+    for place, (name, left, top, right, bottom) in enumerate(boxes):
+        for other, left2, top2, right2, bottom2 in boxes[:place]:
+            apart = min(right, right2) - max(left, left2) <= 1 or min(bottom, bottom2) - max(top, top2) <= 3
+            assert apart, (name, other)
+
+
+def test_cells_name_their_layers_whatever_is_missing_between_them():
+    points = [Point(f"x.{block}.{kind}", "f", 0.1 * (1 + block), 1) for block, kind in [(0, "a"), (1, "b"), (2, "a"), (2, "b")]]
+    points.append(Point("x.1.a", "f", 0.0, 1))
+    tree = ElementTree.fromstring(heat_map(points))
+    cells = [cell for cell in tree.iter() if "data-layer" in cell.attrib]
+    assert {cell.attrib["data-layer"] for cell in cells} == {point.name for point in points}
+    shown = {cell.attrib["data-layer"]: cell[0].text for cell in cells}
+    assert shown["x.2.b"] == "x.2.b: 0.3" and shown["x.1.a"] == "x.1.a: 0"
+    places = {cell.attrib["data-layer"]: re.match(r"M ([\d.]+) ([\d.]+)", cell.attrib["d"]).groups() for cell in cells}
+    assert places["x.0.a"][1] == places["x.2.a"][1] and places["x.2.a"][0] == places["x.2.b"][0], "a kind is a row"
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to draw the page with")
 def test_choosing_a_layer_in_a_real_browser_draws_its_histograms(files, tmp_path):
     """Every layer that can be chosen is chosen in turn, by the event that a person's choice makes."""
@@ -179,16 +249,9 @@ def test_choosing_a_layer_in_a_real_browser_draws_its_histograms(files, tmp_path
           [...figure.querySelectorAll("rect")].map((bar) => Number(bar.getAttribute("height"))));
         chosen.push([option.textContent, heights]);
       }
-      const told = document.createElement("pre");
-      told.id = "told";
-      told.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(chosen))));
-      document.body.appendChild(told);
+      tell(chosen);
     </script>"""
-    driven = tmp_path / "driven.html"
-    driven.write_text(page(files) + driver, encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    dumped = subprocess.run([*command, driven.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
-    chosen = json.loads(base64.b64decode(re.search(r'id="told">([^<]+)<', dumped)[1]))
+    chosen = told(page(files) + driver, tmp_path)
     samples = json.loads(re.search(r'id="samples">(.*?)</script>', page(files), re.DOTALL)[1])
     assert len(chosen) == len(samples) > 2
     for (_, figures), sample in zip(chosen, samples, strict=True):

@@ -83,3 +83,8 @@ def test_the_plan_says_what_it_recognised(tmp_path):
     assert made.architecture == "Flux.2"
     assert made.notes[0] == "Architecture recognised by its keys: Flux.2, with the prefix 'model.diffusion_model.'."
     assert not plan(path, Recipe(preset=("flux2",))).notes
+
+
+def test_the_plan_says_that_it_recognised_nothing(tmp_path):
+    (note,) = plan(save(tmp_path / "m.safetensors", {"layers.0.linear.weight": floats(64, 64)})).notes
+    assert note.startswith("Architecture not recognised: ") and "--preset" in note

@@ -140,7 +140,7 @@ FAILURES = [
     (errors.PreflightError, lambda f: convert(good(f), f, INT8), ["is a folder", "give a file name"]),
     (errors.OutputExistsError, existing, ["o.safetensors", "--force"]),
     (errors.OutputIsInputError, lambda f: convert(good(f), f / "m.safetensors", INT8), ["m.safetensors", "-o"]),
-    (errors.DiskSpaceError, out_of_room, ["needs 0.0", "make room"]),
+    (errors.DiskSpaceError, out_of_room, ["needs 16.", " MB and ", "make room"]),
     (errors.BudgetError, converted(memory_budget=1000), ["l0.weight", "--memory-budget", "MiB"]),
     (errors.DeviceError, no_such_device, ["CUDA device 7", "--device cpu"]),
     (errors.NothingToConvertError, converted(recipe=Recipe(FormatChoice("keep"))), ["m.safetensors", "--preset none"]),

@@ -245,7 +245,10 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, out, value, recipe, dtyp
     with pytest.raises(errors.NonFiniteError, match=rf"b\.weight\[31, 17\] is {value}") as caught:
         convert(source, out, EVERY_FORMAT[recipe])
     assert caught.value.exit_code == 8 and list(out.parent.iterdir()) == []
-    convert(source, out, Recipe(EVERY_FORMAT[recipe].base, cast=EVERY_FORMAT[recipe].cast, allow_nonfinite=True))
+    report = convert(source, out, Recipe(EVERY_FORMAT[recipe].base, cast=EVERY_FORMAT[recipe].cast, allow_nonfinite=True))
+    known = {layer.key: layer.relative_error for layer in report.layers if layer.format not in ("copy", "cast")}
+    assert known.get("b.weight") is None, "an error of what has no size is no number"
+    assert all(error is not None for key, error in known.items() if key != "b.weight")
 
 
 def test_a_number_too_large_for_the_cast_is_named(tmp_path, out):
