@@ -172,7 +172,7 @@ def _scaled(
         return _unknown(name, tensors, what, loaders)
     if declared and name.endswith(("_blockwise", "_block3d")) and 1 not in blocks and declared not in blocks:
         faults = (*faults, f"its marker says blocks of {declared}, and its scales are of blocks of {blocks[0]} x {blocks[1]}")
-    elif loaders in ((COMFYUI,), (NODES,)) and (fault := _extent_fault(name, math.prod(scale.info.shape), shape, *blocks)):
+    elif loaders in ((COMFYUI,), (NODES,)) and (fault := _extent_fault(name, scale.info.elements, shape, blocks, declared)):
         faults = (*faults, fault)
     layout = ScaledCodes(shape, codes, scale, *blocks, rotation=rotation, divisor=divisor)
     words = [scales_in_words(shape, *blocks)]
@@ -181,18 +181,20 @@ def _scaled(
     return Found(name, ", ".join(words), shape, layout, origin, loaders, faults)
 
 
-def _extent_fault(name: str, count: int, shape: tuple[int, ...], row_block: int, column_block: int) -> str | None:
+def _extent_fault(name: str, count: int, shape: tuple[int, ...], blocks: tuple[int, int], declared: int) -> str | None:
     """Why a loader that goes by the format's name would use these scales wrongly, or None."""
     name = printable(name, 40)
+    row_block, column_block = blocks
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return None if count == 1 else f"{name} has one scale, and it has {count:,}"
     by_row = count == 1 or (row_block == 1 and column_block >= shape[-1])
     if name in ("int8_tensorwise", "float8_e4m3fn_rowwise"):
         return None if by_row else f"{name} has one scale per row, and it has {count:,}"
-    if count == 1 and max(shape) > LARGEST_BLOCK:
-        return f"{name} has scales of blocks, and it has one"
-    is_blocks = count == 1 or row_block > 1 or column_block < shape[-1]
-    return None if is_blocks else f"{name} has scales of blocks, and it has one per row"
+    largest = max(declared, LARGEST_BLOCK)
+    if count == 1:  # a block may be as large as the layer
+        return f"{name} has scales of blocks, and it has one" if max(shape) > largest else None
+    is_row_a_block = name.endswith("_block3d") and shape[-1] <= largest
+    return f"{name} has scales of blocks, and it has one per row" if by_row and not is_row_a_block else None
 
 
 def scales_in_words(shape: tuple[int, ...], row_block: int, column_block: int) -> str:

@@ -36,6 +36,20 @@ def test_every_format_we_write(tmp_path, name, share):
         assert ours == pytest.approx(theirs, rel=1e-2 if "double" in name else 1e-3, abs=1e-7)
 
 
+# One to a row and one to a layer are scales of blocks too, where a block is as wide as the row or as large as the layer.
+@pytest.mark.parametrize("shape", [(2, 128), (1, 128), (128, 128), (129, 128), (256, 256), (3, 1024), (1024, 1), (1024, 1024), (1, 1)])
+@pytest.mark.parametrize("mode", ["fp8 block", "fp8 block3d", "int8 block"])
+@pytest.mark.parametrize("block_size", [128, 1024])
+def test_blocks_as_large_as_the_layer(tmp_path, shape, mode, block_size):
+    kind, mode = mode.split()
+    source = save(tmp_path / "source.safetensors", {"a.weight": floats(*shape), "b.weight": floats(2048, 2048, seed=2)})
+    output = tmp_path / "output.safetensors"
+    recipe = Recipe(FormatChoice(kind, scaling_mode=mode, block_size=block_size, rounding="rtn"), preset=("none",))
+    streamquant.convert(source, output, recipe)
+    found = verify(source, output)
+    assert found.sound, found.findings
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e-9, 1e-11, 1e-13, 1e-20, 1e-30, 1e-41, 1e30])
 @pytest.mark.parametrize("name", [name for name in EVERY_FORMAT if "cast" not in name])
 def test_weights_below_the_smallest_scale_and_beyond_what_can_be_squared(tmp_path, name, size):
