@@ -15,7 +15,7 @@ from typing import Any
 
 from streamquant import errors
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
+from streamquant.checkpoint.reader import Checkpoint, TileReader
 from streamquant.options import Options
 from streamquant.stored import Contents, Layout, read_contents, tiles
 from streamquant.stored.adapter import refuse_adapter
@@ -105,8 +105,7 @@ def compare(
     """
     started = time.monotonic()
     options, watcher = options or Options(), watcher or Unwatched()
-    contents = [read_contents(part if isinstance(part, Checkpoint) else open_checkpoint(part))
-                for part in (a, b, source) if part is not None]  # fmt: skip
+    contents = [read_contents(part) for part in (a, b, source) if part is not None]
     for part in contents:
         refuse_adapter(part.checkpoint)
     keys, unreadable = _common(contents)

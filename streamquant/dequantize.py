@@ -127,7 +127,7 @@ def dequantize(
         raise errors.UsageError(f"Cannot write {dtype!r}: take BF16, F16 or F32.")
     started = time.monotonic()
     options, watcher, destination = options or Options(), watcher or Unwatched(), Path(destination)
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     plan = plan_dequantize(read_contents(checkpoint), destination.name, dtype)
     check_destination(plan, destination, force)
     check_disk(plan, destination.parent)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from streamquant.checkpoint.reader import TileReader, open_checkpoint
+from streamquant.checkpoint.reader import TileReader
 from streamquant.output_file import PROVENANCE_KEY, QUANTIZATION_KEY
 from streamquant.stored import Contents, StoredLayer, read_contents
 from streamquant.stored.adapter import Adapter, find_adapter
@@ -122,7 +122,7 @@ def inspect(path: str | Path) -> Inspection | GgufSummary:
     path = Path(path)
     if os.path.isfile(path) and (summary := read_gguf(path)) is not None:
         return summary
-    contents = read_contents(open_checkpoint(path))
+    contents = read_contents(path)
     checkpoint = contents.checkpoint
     kept = _kept(contents)
     groups, bad_scales = _groups(contents)

@@ -94,7 +94,7 @@ def plan(source: str | Path | Checkpoint, recipe: Recipe | None = None, *, name:
     better as they are (no byte of the layout depends on it). Raises PatternError when a regular
     expression finds no candidate, NothingToConvertError when no layer would be quantized.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     refuse_adapter(checkpoint)
     recipe = recipe or Recipe()
     rules = Rules(recipe, list(checkpoint.tensors))

@@ -48,7 +48,7 @@ def convert(
     observer = observer or Silent()
     destination = Path(destination)
     started = time.monotonic()
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, recipe, name=destination.name, shard_size=options.shard_size)
     # Reading ahead begins here: the disk then works while the kernels are still being loaded. What learned rounding
     # factorizes must not depend on how many cores there are, hence one thread for each product; there are workers enough.

@@ -19,6 +19,7 @@ from streamquant.formats.bnb4 import BitsAndBytes4bit
 from streamquant.formats.plain import Cast, Copy
 from streamquant.recipe import CONVROT_GROUP_SIZES, Decision, FormatChoice, Rules
 from streamquant.stored import Read, ScaledCodes, StoredLayer, elements
+from streamquant.stored.contents import BESIDE, LEGACY_MARKER, UNDER
 from streamquant.stored.recognise import FLOATS, undecodable_sentence
 
 NESTED_ABSMAX = {"weight.nested_absmax"}
@@ -256,12 +257,6 @@ def _plain_unit(index: int, tensor: SourceTensor, rule: str, reason: str | None,
     return Unit(index, tensor, layer, Copy(), outputs, info.dtype, info.nbytes, 1, 1, rule, reason)
 
 
-_SCALE_SUFFIXES = (
-    "weight_scale", "weight_scale_2", "scale_weight", "input_scale", "scale_input", "absmax", "quant_map",
-    "nested_absmax", "nested_quant_map", "scaled_fp8", "pre_quant_scale",
-)  # fmt: skip
-
-
 def _belongs_to_quantized(key: str) -> bool:
     """Scales of an already quantized source keep their dtype: casting them would change every weight."""
-    return key.rsplit(".", 1)[-1] in _SCALE_SUFFIXES
+    return key.rsplit(".", 1)[-1] in (*BESIDE, *UNDER, LEGACY_MARKER)

@@ -27,7 +27,7 @@ SA_SIGINFO, SA_ONSTACK = 4, 0x08000000
 ADDRESS = 2  # of the fault, in siginfo_t, counted in 8 bytes
 MAP_FIXED = 0x10
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # the collector may unguard a mapping while its thread guards another
 # begin, end (0 where the slot is free), whether damaged. One page of memory that the handler reads without a lock.
 _table = np.zeros((SLOTS, 3), dtype=np.int64)
 _handler = None  # kept alive for ever: the kernel holds its address
@@ -79,17 +79,17 @@ class Mapping:
 def _guard(begin: int, end: int) -> int:
     global _handler, _open, _previous
     with _lock:
+        if _handler is None:
+            _handler, _previous = _compile()
         free = np.flatnonzero(_table[:, 1] == 0)
         if not free.size:
             raise OSError(errno.EMFILE, "too many files are mapped at once")
         slot = int(free[0])
         _table[slot] = begin, 0, 0
         _table[slot, 1] = end
-        if _handler is None:
-            _handler, _previous = _compile()
-        if not _open:
-            _exchange(_action(_handler.address), _previous)
         _open += 1
+        if _open == 1:
+            _exchange(_action(_handler.address), _previous)
         return slot
 
 

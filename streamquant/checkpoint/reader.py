@@ -111,13 +111,16 @@ def torch_dtype(tag: str) -> torch.dtype:
     return getattr(torch, names[tag])
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     """Read the headers of a checkpoint.
 
-    path: a `.safetensors` file, a `*.index.json`, or a folder with one of them. Raises a CheckpointError naming the
-    fault when it is absent, another kind of file, malformed, or an index that does not agree with its shards.
+    source: a `.safetensors` file, a `*.index.json`, or a folder with one of them; what is opened already is given back.
+    Raises a CheckpointError naming the fault when it is absent, another kind of file, malformed, or an index that does not
+    agree with its shards.
     """
-    path = Path(path)
+    if isinstance(source, Checkpoint):
+        return source
+    path = Path(source)
     try:
         return _opened(path)
     except OSError as error:

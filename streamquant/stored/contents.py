@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from streamquant import errors, presets
@@ -117,9 +118,9 @@ class Contents:
         return recognise.loaders_in_words([layer.loaders for layer in self.layers.values()], self.foreign)
 
 
-def read_contents(source: Checkpoint | str) -> Contents:
+def read_contents(source: str | Path | Checkpoint) -> Contents:
     """Read headers and markers, never a weight. Raises a CheckpointError for a file that is malformed."""
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = open_checkpoint(source)
     # Markers are a few hundred bytes each: read by calls, they cost less than mapping the file page by page.
     with TileReader(checkpoint, "pread") as reader:
         return _contents(checkpoint, reader.tile)

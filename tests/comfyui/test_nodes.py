@@ -86,7 +86,7 @@ def test_converting_inspecting_and_loading(models):
     (model,) = run("StreamquantLoadDiffusionModel", unet_name=path.name)
     assert running.difference(running.output(model), running.reference(path)) <= 1e-6
     table = run("StreamquantInspectFile", file=f"diffusion_models/{path.name}")["result"][0]
-    assert "384 x 128  bitsandbytes nf4, blocks of 64" in table
+    assert "384 x 128  bnb_nf4, blocks of 64" in table
     assert "128 x 128  float8_e4m3fn" in table
     totals = [line for line in table.splitlines() if " bytes  " in line]
     data = sum(tensor.nbytes for tensor in running.file_tensors(path).values())

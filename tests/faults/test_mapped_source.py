@@ -216,3 +216,23 @@ def test_without_numba_files_are_read_and_that_is_said(tmp_path, monkeypatch):
     assert "Files are read instead of mapped: it is not safe." in notes and (tmp_path / "o.safetensors").exists()
     monkeypatch.setattr(mapping.importlib.util, "find_spec", lambda name: None)
     assert "without numba" in mapping.why_no_mapping()
+
+
+def test_a_mapping_that_is_collected_while_another_is_opened(tmp_path):
+    """The collector may run at any moment, in whichever thread: also in one that holds the lock."""
+    code = f"""
+    import gc, os, sys
+    sys.path.insert(0, {str(TESTS.parent)!r})
+    from streamquant.checkpoint import mapping
+    path = {str(tmp_path / "file")!r}
+    with open(path, "wb") as file:
+        file.write(bytes(1 << 16))
+    descriptor = os.open(path, os.O_RDONLY)
+    circle = [mapping.Mapping(descriptor, 1 << 16)]
+    circle.append(circle)
+    with mapping._lock:
+        del circle
+        gc.collect()
+    assert not mapping._open
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)

@@ -189,6 +189,14 @@ def test_nan_among_the_codes_is_named(tmp_path):
         convert(save(tmp_path / "q.safetensors", tensors), tmp_path / "out.safetensors", Recipe(FormatChoice("int8")))
 
 
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "SCB", "weight_code", "weight.nested_absmax"])
+def test_scales_of_what_is_not_known_are_never_cast(tmp_path, suffix):
+    tensors = {"u.weight": noise("F8_E4M3FNUZ", 64, 64), f"u.{suffix}": floats(64, dtype="F32"), "a.weight": floats(64, 64)}
+    recipe = Recipe(FormatChoice("fp8"), preset=("none",), cast="BF16")
+    convert(save(tmp_path / "s.safetensors", tensors), tmp_path / "out.safetensors", recipe)
+    assert load(tmp_path / "out.safetensors")[f"u.{suffix}"] == tensors[f"u.{suffix}"]
+
+
 FOREIGN = {
     "gptq": {"g.qweight": noise("I32", 8, 64), "g.scales": floats(1, 64, dtype="F16"), "g.g_idx": noise("I32", 64)},
     "quanto": {"q.weight._data": noise("I8", 64, 64), "q.weight._scale": floats(64, 1, dtype="F16"), "q.input_scale": floats(dtype="F16")},
