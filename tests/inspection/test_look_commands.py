@@ -27,8 +27,6 @@ from streamquant.inspect import inspect
 from streamquant.verify import verify
 from streamquant.views import checked_layers_view, layers_view, show, verdict_view
 
-WIDE = {"COLUMNS": "160"}
-
 
 def run(*arguments: str | Path, columns: int = 160) -> Result:
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
