@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks import results
 from benchmarks.machine import installed
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 from benchmarks.rivals import Crew, Remote
 from benchmarks.turns import take_turns
 from streamquant.formats import fp8, int8
@@ -40,11 +40,11 @@ def contenders(operation: str, weight: torch.Tensor) -> list[Entry]:
         return [
             (f"bitsandbytes {installed('bitsandbytes')}", lambda: _bitsandbytes(operation, weight)),
             ("plain torch", lambda: _four_bit(operation, weight, plain=True)),
-            ("streamquant", lambda: _four_bit(operation, weight, plain=False)),
+            (OURS, lambda: _four_bit(operation, weight, plain=False)),
         ]
     entries: list[Entry] = [
         ("plain torch", lambda: _scaled(operation, weight, plain=True)),
-        ("streamquant", lambda: _scaled(operation, weight, plain=False)),
+        (OURS, lambda: _scaled(operation, weight, plain=False)),
     ]
     if operation in ("fp8-tensor", "int8-row"):
         # The nodes leave these to comfy-kitchen.

@@ -23,7 +23,7 @@ from benchmarks.cases import Case
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
 from benchmarks.process import environment
 from benchmarks.race import Contender, lacking_room, shout
-from benchmarks.results import SECONDS, Result
+from benchmarks.results import OURS, SECONDS, Result
 from benchmarks.sources import prepare
 
 BENCHMARK = "faults"
@@ -132,14 +132,14 @@ def run(
     scratch.mkdir(parents=True, exist_ok=True)
     checkpoint = prepare(workdir, size, console)
     rows: list[Result] = []
-    to_do = [(case, ours.NAME, moments, runs) for case in cases]
+    to_do = [(case, OURS, moments, runs) for case in cases]
     with_peer = [case for case in cases if case.peer is not None][:1] if peer else []
     to_do += [(case, CONVERT_TO_QUANT.name, (0.5,), 1) for case in with_peer]
     for case, name, when, times in to_do:
         console.rule(f"{case.name}, {size}, {name}")
         found, cache, note = {}, "", ""
         try:
-            goes_on = name == ours.NAME
+            goes_on = name == OURS
             contender = make_ours(case, "1GiB") if goes_on else find_peer(case, workdir)
             if reason := lacking_room(scratch, int(2.2 * checkpoint.stat().st_size * contender.output_share)):
                 raise FaultError(reason)

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine, results
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 from benchmarks.turns import take_turns
 from streamquant.kernels import gpu
 from streamquant.kernels.codebooks import CODE_BOOKS, DYNAMIC_MAP
 
 BENCHMARK = "kernels"
-COPY, OURS = "torch copy_", "streamquant"
+COPY = "torch copy_"
 BLOCK_SIZE, BOOK_BLOCK_SIZE, GROUP_SIZE, RANK = 128, 64, 256, 64
 BF16, F32 = torch.bfloat16, torch.float32
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 from benchmarks.rivals import Crew, Remote
 from benchmarks.turns import take_turns
 from streamquant.formats import Format, bnb4, fp8, int8
@@ -48,7 +48,7 @@ def contenders(operation: str, threads: int) -> list[Entry]:
     layout = FORMATS[operation]
     return [
         ("plain torch", lambda: _encode(layout, TorchBackend, threads)),
-        ("streamquant", lambda: _encode(layout, _jit, threads)),
+        (OURS, lambda: _encode(layout, _jit, threads)),
     ]
 
 

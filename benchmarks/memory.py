@@ -15,7 +15,7 @@ from benchmarks import cache, ours, peers, results
 from benchmarks.cases import Case
 from benchmarks.peers import CONVERT_TO_QUANT
 from benchmarks.race import Contender, Outcome, race, shout
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 from benchmarks.sources import prepare
 from benchmarks.units import parse_size
 
@@ -53,7 +53,7 @@ def run(
             checkpoint = prepare(workdir, file, console)
         except OSError as error:
             shout(console, f"{file} LEFT OUT: {error}")
-            keep(results.result(BENCHMARK, "all", ours.NAME, (), source=file, note=str(error)))
+            keep(results.result(BENCHMARK, "all", OURS, (), source=file, note=str(error)))
             continue
 
         def start(contender: Contender, case: Case, checkpoint: Path = checkpoint) -> Outcome:

@@ -10,8 +10,8 @@ from rich.console import Console
 from benchmarks.cases import Case
 from benchmarks.process import measure
 from benchmarks.race import Contender, shout
+from benchmarks.results import OURS
 
-NAME = "streamquant"
 # One byte a weight, and the few layers that are kept as they are.
 OUTPUT_SHARE = 0.7
 # The command line as it stands before it plans: no torch, no compiled kernels. What those take counts as ours.
@@ -26,7 +26,7 @@ def contender(case: Case, memory_budget: str, threads: int | None = None) -> Con
         convert = [sys.executable, "-m", "streamquant", "convert", str(source), "-o", str(destination)]
         return [*convert, *case.ours, "--flux2", "--force", "--quiet", *limits]
 
-    return Contender(NAME, command, OUTPUT_SHARE)
+    return Contender(OURS, command, OUTPUT_SHARE)
 
 
 def baseline(folder: Path, console: Console) -> int | None:

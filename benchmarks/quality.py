@@ -19,22 +19,20 @@ from torch import Tensor
 from benchmarks import quality_methods as methods
 from benchmarks import quality_results, results
 from benchmarks.quality_layers import Measured, geometric_mean, one_thread
+from benchmarks.quality_results import AS_IT_COMES, FLUX
 from benchmarks.results import Result
 from benchmarks.train_tiny import WEIGHTS
 
 MODELS = ("minilm", "flux", "synthetic")
-SETS = ("develop", "final")
 # Whose ratios are kept layer by layer too.
 LAYER_METHODS = ("scales", "sketch", "dense-sweeps")
 IN_DECIBEL = ("PSNR",)
-AS_IT_COMES = "no-data"
 
 
 class Study(Protocol):
     """A model with inputs to score on. name: as results have it. calibrations: the files that methods need."""
 
     name: str
-    scored_on: str
     source: Path
     calibrations: dict[str, Path]
 
@@ -122,7 +120,7 @@ def open_study(model: str, settings: Settings, folder: Path) -> Study:
     if model == "flux":
         from benchmarks.quality_flux import FluxStudy
 
-        name = "tiny Flux.2" if settings.weights == WEIGHTS else f"tiny Flux.2 ({settings.weights.stem})"
+        name = FLUX if settings.weights == WEIGHTS else f"{FLUX} ({settings.weights.stem})"
         return FluxStudy(settings.scored_on, folder, settings.weights, name)
     from benchmarks.quality_synthetic import SyntheticStudy
 

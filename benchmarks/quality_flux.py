@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import tiny_shapes
 from benchmarks.quality_layers import Measured, OnDemand, output_error, second_moments
+from benchmarks.quality_results import FLUX
 from benchmarks.tiny_flux import TinyFlux2
 from streamquant.calibration import collect, self_calibrate
 
@@ -54,8 +55,8 @@ def sample(model: TinyFlux2, latent: Tensor, context: Tensor, watch: Watch | Non
 class FluxStudy:
     """The model, its own paths for the scored prompts, and what its layers see on them. `source`: its checkpoint."""
 
-    def __init__(self, scored_on: str, workdir: Path, source: Path, name: str = "tiny Flux.2"):
-        self.scored_on, self.source, self.name = scored_on, source, name
+    def __init__(self, scored_on: str, workdir: Path, source: Path, name: str = FLUX):
+        self.source, self.name = source, name
         self.model = TinyFlux2.load(source)
         self.prompts, self.noise = prompts(scored_on), noise(scored_on)
         self.context = tiny_shapes.context(self.prompts)

@@ -34,26 +34,22 @@ MEMORY_BUDGET = 8 << 30  # the whole H of 6144 columns and what is made of it ta
 
 @dataclass(frozen=True)
 class Method:
-    """A way to round. calibration: which file it needs, "sketch", "dense" or "noise", or none.
-
-    recipe: what it adds to the recipe. default: a person gets it without asking for anything but its calibration file.
-    """
+    """A way to round. calibration: which file it needs, "sketch", "dense" or "noise", or none. recipe: what it adds to that."""
 
     rounding: str = "learned"
     calibration: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
-    default: bool = False
 
 
 METHODS: dict[str, Method] = {
     NEAREST: Method("rtn"),
-    "no-data": Method(default=True),
+    "no-data": Method(),
     "scales": Method("simple"),
     "structure": Method(recipe=dict(structure=True)),
     "svd": Method(recipe=dict(objective="svd")),
-    "noise": Method(calibration="noise", default=True),
+    "noise": Method(calibration="noise"),
     "sketch-32": Method(calibration="sketch", recipe=dict(calibration_rank=32)),
-    "sketch": Method(calibration="sketch", default=True),
+    "sketch": Method(calibration="sketch"),
     "sketch-sweeps": Method(calibration="sketch", recipe=dict(sweeps=2)),
     "dense": Method(calibration="dense", recipe=dict(calibration_mode="dense")),
     "dense-sweeps": Method(calibration="dense", recipe=dict(calibration_mode="dense", sweeps=2)),

@@ -1,6 +1,7 @@
 """Quality on real weights with real activations: the sentence encoder MiniLM.
 
-Calibrated on one set of sentences, scored on another that shares no phrase with it.
+Calibrated on one set of sentences, scored on another: no sentence is in both, and of the words and patterns that are not common
+to all sets none is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import minilm
 from benchmarks.quality_layers import Measured, OnDemand, output_error, second_moments
+from benchmarks.quality_results import MINILM
 from streamquant.calibration import collect
 
 SENTENCES = 200
@@ -21,10 +23,9 @@ METHODS_LEFT_OUT = ("noise", "structure")  # it has no path from noise; no prese
 class MiniLMStudy:
     """The encoder, its inputs on the scored set, its embeddings of it. `source`: the checkpoint to convert."""
 
-    name = "MiniLM-L6"
+    name = MINILM
 
     def __init__(self, scored_on: str, workdir: Path):
-        self.scored_on = scored_on
         self.source = minilm.folder() / "model.safetensors"
         self.model = minilm.SentenceEncoder(minilm.folder())
         self.texts = minilm.sentences(SENTENCES, scored_on)

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks import machine, results
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 
 BENCHMARK = "quality"
-OURS = "streamquant"
+MINILM, FLUX, SYNTHETIC = "MiniLM-L6", "tiny Flux.2", "synthetic Flux.2 layers"  # models, as sources
+AS_IT_COMES = "no-data"  # the method that a person gets who asks for none
 METRICS = {
     "layer output error": "‖X(Q - W)ᵀ‖ / ‖XWᵀ‖ of one layer; without detail, the geometric mean over all layers",
     "worst layer": "the largest ratio of a layer's output error to nearest's; detail names the layer",

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from benchmarks import quality_converter, quality_results, results
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
-from benchmarks.quality import AS_IT_COMES, Cell, Study, line
+from benchmarks.quality import Cell, Study, line
 from benchmarks.quality_layers import Measured
 from benchmarks.quality_methods import Quantized
+from benchmarks.quality_results import AS_IT_COMES
 from benchmarks.race import shout
 from benchmarks.results import Result
 from benchmarks.rivals import LIBRARIES, Library, working

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.quality_layers import Measured, OnDemand
+from benchmarks.quality_results import SYNTHETIC
 from benchmarks.weights import Weights
 from streamquant.calibration import collect
 
@@ -61,10 +62,10 @@ class Inputs:
 class SyntheticStudy:
     """Two layers. `source`: the checkpoint to convert."""
 
-    name = "synthetic Flux.2 layers"
+    name = SYNTHETIC
 
     def __init__(self, scored_on: str, workdir: Path):
-        self.scored_on, self.source = scored_on, workdir / "synthetic.safetensors"
+        self.source = workdir / "synthetic.safetensors"
         self.original = {f"{name}.weight": _weight(name, shape) for name, shape in LAYERS.items()}
         save_file(self.original, self.source)
         self.inputs = {

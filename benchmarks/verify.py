@@ -13,7 +13,7 @@ from benchmarks import ours, results
 from benchmarks.cases import Case
 from benchmarks.process import Measurement, measure
 from benchmarks.race import shout
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 from benchmarks.sources import prepare
 
 BENCHMARK = "verify"
@@ -59,10 +59,10 @@ def run(
         log = workdir / "out" / "verify.log"
         commands = {
             ROOFLINE: [sys.executable, "-c", READ, str(source), str(output)],
-            ours.NAME: [sys.executable, "-m", "streamquant", "verify", str(source), str(output), "--quiet"],
+            OURS: [sys.executable, "-m", "streamquant", "verify", str(source), str(output), "--quiet"],
         }
         if sample:
-            commands[f"{ours.NAME} --sample {sample}"] = [*commands[ours.NAME], "--sample", sample]
+            commands[f"{OURS} --sample {sample}"] = [*commands[OURS], "--sample", sample]
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         spent: dict[str, list[float]] = {name: [] for name in commands}
         peaks: dict[str, int] = dict.fromkeys(commands, 0)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality_results import latest, method
+from benchmarks.quality_results import AS_IT_COMES, FLUX, MINILM, latest, method
 from benchmarks.results import Result
 
-FLUX, MINILM = "tiny Flux.2", "MiniLM-L6"
 # Of each model: what its outputs are judged by, and in what words.
 PANELS = {
     MINILM: ("1 - cosine", "error of sentence embeddings, 1 - cosine"),
     FLUX: ("velocity error", "error of the velocity, relative"),
 }
-AS_IT_COMES, CALIBRATED = "no-data", "sketch"
+CALIBRATED = "sketch"
 
 
 @dataclass(frozen=True)

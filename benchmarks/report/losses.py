@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks.report.equal_bytes import AS_IT_COMES, CALIBRATED, PANELS, Point, points
+from benchmarks.quality_results import AS_IT_COMES
+from benchmarks.report.equal_bytes import CALIBRATED, PANELS, Point, points
 from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, conversions, operations
 from benchmarks.report.tables import SIZE, markdown
 from benchmarks.results import Result

@@ -9,9 +9,8 @@ import matplotlib
 from matplotlib import pyplot
 
 from benchmarks import quality_methods as methods
-from benchmarks.quality_results import latest, method
+from benchmarks.quality_results import FLUX, MINILM, latest, method
 from benchmarks.report import style
-from benchmarks.report.equal_bytes import FLUX, MINILM
 from benchmarks.results import Result
 
 METHODS = {

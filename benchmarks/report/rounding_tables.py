@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.quality_methods import FORMATS, METHOD_TITLES
-from benchmarks.quality_results import latest, method
+from benchmarks.quality_results import FLUX, MINILM, SYNTHETIC, latest, method
 from benchmarks.results import Result
 
 TITLES = {
@@ -15,17 +15,17 @@ TITLES = {
 }  # fmt: skip
 # Of each model: what the cells of its table hold, and in what words.
 TABLES = {
-    "MiniLM-L6": (
+    MINILM: (
         ("1 - cosine", "layer output error", "worst layer"),
         "**MiniLM**, a sentence encoder, 36 layers; 200 sentences to calibrate, 200 others to score: (1 - cosine) of the "
         "embeddings / *layer* / *worst*",
     ),
-    "tiny Flux.2": (
+    FLUX: (
         ("velocity error", "layer output error", "worst layer"),
         "**A small Flux.2** that was really trained (`python -m benchmarks train-tiny`), 24 layers; 16 prompts at 3 steps to "
         "calibrate, 32 other prompts and seeds to score: *velocity* / *layer* / *worst*",
     ),
-    "synthetic Flux.2 layers": (
+    SYNTHETIC: (
         ("layer output error",),
         "**Synthetic layers of Flux.2's width** (heavy tails, hot channels, modulated inputs 6,144 wide, MLP inputs 18,432 "
         "wide): *layer*",

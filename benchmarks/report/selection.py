@@ -8,10 +8,9 @@ from datetime import datetime
 from benchmarks import results
 from benchmarks.cases import CASES
 from benchmarks.peers import CONVERT_TO_QUANT
-from benchmarks.results import Result
+from benchmarks.results import OURS, Result
 
 PEER = CONVERT_TO_QUANT.name
-OURS = "streamquant"
 # Conversions, in the order of the tables.
 CONVERSIONS = {
     "fp8-tensor": "FP8, tensor scale",

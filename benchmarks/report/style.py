@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks.results import OURS
+
 matplotlib.use("Agg")  # no window, no display
 
-OURS = "streamquant"
 # By the first word of a contender's name.
 TOOLS = {
     OURS: dict(color="#0072B2", marker="o"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import CASES
-from benchmarks.report.equal_bytes import AS_IT_COMES, CALIBRATED, PANELS, points
+from benchmarks.quality_results import AS_IT_COMES
+from benchmarks.report.equal_bytes import CALIBRATED, PANELS, points
 from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations, recoveries
 from benchmarks.results import Result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conversions import files
 from faults.server import Result, Server
 from faults.shim import KINDS
 from small_checkpoints import floats, noise, of_values, save
@@ -65,11 +66,6 @@ def make_sources(folder: Path) -> tuple[Path, Path]:
     return source, calibration
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that a person sees."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
-
-
 class Ordeal:
     """One scenario: its untouched output, and runs of it that are attacked, each in a folder of its own."""
 
@@ -84,7 +80,7 @@ class Ordeal:
         result = self.run(self.make("whole"))
         assert result.exit == 0, result.err
         self.kinds = result.kinds
-        self.whole = contents(folder / "whole")
+        self.whole = files(folder / "whole")
         self.old = dict.fromkeys(self.whole, b"an old file") if self.scenario.old else {}
 
     @property
@@ -117,12 +113,12 @@ class Ordeal:
 
     def check_names(self, folder: Path, trail: Any) -> None:
         """No final name holds anything but the whole new file or the old one."""
-        for name, content in contents(folder).items():
+        for name, content in files(folder).items():
             assert content in (self.whole.get(name), self.old.get(name)), f"{name} is partial after {trail}"
 
     def check_done(self, folder: Path, trail: Any) -> None:
         """The output is that of an untouched run, and nothing else is left behind."""
-        assert contents(folder) == self.whole, trail
+        assert files(folder) == self.whole, trail
         left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
         # Of a run that ended before its journal had a first line, what there is of that may stay; nothing else ever.
         left = [name for name in left if not name.endswith(".journal") or len(_lines(folder / name)) > 1]

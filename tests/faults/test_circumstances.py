@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from conversions import Watcher, hidden
 from faults.scenarios import TILES, make_sources
 from small_checkpoints import EVERY_FORMAT, floats, save
 
 from streamquant import budget, errors, pour
-from streamquant.options import Silent
 from streamquant.transcode import convert
 
 RECIPE = EVERY_FORMAT["fp8-tensor"]
@@ -24,16 +24,9 @@ COMMAND = [sys.executable, "-m", "streamquant"]
 FLAGS = ["--fp8", "--rtn", "--preset", "none"]
 
 
-class Meanwhile(Silent):
+def meanwhile(act, tiles: int = 5) -> Watcher:
     """Does something when so many tiles are done."""
-
-    def __init__(self, act, tiles: int = 5):
-        self.act, self.tiles = act, tiles
-
-    def progress(self, unit, source_bytes: int) -> None:
-        self.tiles -= 1
-        if self.tiles == 0:
-            self.act()
+    return Watcher(lambda done: act() if done == tiles else None)
 
 
 @pytest.fixture(autouse=True)
@@ -60,19 +53,15 @@ def expected(source, tmp_path) -> bytes:
     return (tmp_path / "whole" / "out.safetensors").read_bytes()
 
 
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
 def interrupt(source: Path, out: Path, tiles: int = 8, recipe=RECIPE) -> Path:
-    """Break a conversion off; returns its journal."""
+    """Break a conversion off at once, where `conversions.interrupt` lets it come to a stop; returns its journal."""
 
     def stop():
         raise KeyboardInterrupt
 
     before = set(out.parent.glob(".*.journal"))
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, recipe, observer=Meanwhile(stop, tiles))
+        convert(source, out, recipe, observer=meanwhile(stop, tiles))
     (journal,) = set(out.parent.glob(".*.journal")) - before
     return journal
 
@@ -124,7 +113,7 @@ def test_a_source_whose_name_goes_while_it_is_read(source, out, expected, io, ho
         else:
             save(source.with_name("new"), {"other": floats(4, 4)}).replace(source)
 
-    convert(source, out, RECIPE, observer=Meanwhile(go), io=io)
+    convert(source, out, RECIPE, observer=meanwhile(go), io=io)
     assert out.read_bytes() == expected
 
 
@@ -147,7 +136,7 @@ def test_a_destination_folder_that_goes(source, out, tmp_path, how, tiles):
         shutil.rmtree(out.parent) if how == "remove" else out.parent.rename(tmp_path / "elsewhere")
 
     with pytest.raises(errors.DestinationWriteError, match="No such file") as caught:
-        convert(source, out, RECIPE, observer=Meanwhile(go, tiles))
+        convert(source, out, RECIPE, observer=meanwhile(go, tiles))
     assert caught.value.exit_code == 7 and not out.parent.exists()
     if how == "rename":  # put back, it goes on
         (tmp_path / "elsewhere").rename(out.parent)
@@ -213,19 +202,13 @@ def test_a_dangling_link_for_a_destination(source, out, tmp_path, expected, opti
 @pytest.mark.parametrize("shift", [-(10**9), 10**9], ids=["long ago", "in the future"])
 def test_clocks_that_jump(source, out, expected, shift):
     """Times only ever tell two files apart, or order journals; none is compared with the clock."""
-    for path in (source, interrupt_at(source, out, shift)):
-        assert path.exists()
-    convert(source, out, RECIPE, resume=True)
-    assert out.read_bytes() == expected and hidden(out.parent) == []
-
-
-def interrupt_at(source: Path, out: Path, shift: int) -> Path:
     when = int(time.time()) + shift
     os.utime(source, (when, when))
-    journal = interrupt(source, out)
+    interrupt(source, out)
     for path in out.parent.iterdir():
         os.utime(path, (when - 5, when - 5))
-    return journal
+    convert(source, out, RECIPE, resume=True)
+    assert out.read_bytes() == expected and hidden(out.parent) == []
 
 
 # -- journals

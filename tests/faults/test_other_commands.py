@@ -46,7 +46,7 @@ def test_reading_that_fails(server, files, name):
     job = {"arguments": arguments, "source": str(watched), "destination": str(folder / "new"), **TILES}
     whole = server.run(**job)
     assert whole.exit == 0
-    dice = random.Random(name)
+    dice, told = random.Random(name), set()
     for code, (how, kinds) in CODES.items():
         calls = sum(whole.kinds["source"].get(kind, 0) for kind in kinds)
         for at in {1, *(dice.randint(1, calls) for _ in range(4))}:
@@ -58,6 +58,8 @@ def test_reading_that_fails(server, files, name):
                 continue
             assert result.exit in ({5, 6} if how == "end" else {6}), trail
             assert "Traceback" not in result.err and len(re.findall("^error: ", result.err, re.M)) == 1, trail
+            told.add(code)
+    assert told
     for how, error in (("fail", errno.EINTR), ("short", 0)):
         orders = {"at": 1, "how": how, "error": error, "sticky": how == "short", "calls": {"source": ["read"]}}
         assert server.run(**job, orders=orders).exit == 0

@@ -118,7 +118,9 @@ def _gguf(order: str) -> list[bytes]:
     def tensor(kind: int, offset: int, *shape: int) -> bytes:
         return packed(f"I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
-    numbers = {f"n.{kind}": packed(f"I{code}", kind, 1) for kind, code in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)}
+    largest = (255, -2, 65535, -2, (1 << 32) - 1, -2, 0.1, True, (1 << 64) - 1, -2, 0.1)
+    numbers = {f"n.{kind}": packed(f"I{code}", kind, value)
+               for kind, code, value in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", largest, strict=True)}  # fmt: skip
     texts = {"general.architecture": packed("I", 8) + text("flux"), "general.name": packed("I", 8) + text("ü" * 400),
              "general.file_type": packed("II", 4, 15), "general.alignment": packed("II", 4, 32)}  # fmt: skip
     lists = {"l.i": packed("IIQ3i", 9, 5, 3, 1, 2, 3), "l.t": packed("IIQ", 9, 8, 2) + text("a") + text("b"), "l.none": packed("IIQ", 9, 8, 0),
@@ -136,6 +138,7 @@ def _gguf(order: str) -> list[bytes]:
           for code, kind, value in (("I", 4, 0), ("I", 4, 24), ("I", 4, 1 << 31), ("Q", 10, 32))),
         b"GGUF" + packed("IQQ", 3, 1 << 60, 1 << 60), b"GGUF" + packed("IQQ", 3, 2, 0) + (text("t") + tensor(0, 0, 1)) * 2 + bytes(64),
         b"GGUF" + packed("IQQ", 3, 0, 1) + text("a") + packed("I", 9) + packed("IQ", 9, 1) * 2000,
+        file({}, {"\x1b[2J\u202e": tensor(77, 0, 1)}, 64),
         file({"\x1b[2J": packed("I", 8) + text("\u202e[red]\0"), "GGUF.version": packed("IB", 0, 1)}, {"\x1b": tensor(0, 0, 1)}, 64),
     ]  # fmt: skip
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tempfile
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 import safetensors
 import xxhash
 from rich.console import Console
+from safe import is_safe
 
 from streamquant import FormatChoice, Recipe, calibration, errors, patterns, plan
 from streamquant.checkpoint import header as h
@@ -77,12 +77,7 @@ def header(data: bytes) -> None:
 
 def _one_safe_sentence(error: Exception) -> None:
     text = str(error)
-    _require(text.endswith(".") and _is_safe(text), f"no sentence, or one that is not safe to show: {text!r}")
-
-
-def _is_safe(text: str) -> bool:
-    """Whether a terminal shows it and does nothing else: no controls but line ends, nothing invisible or reordering."""
-    return all(character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text)
+    _require(text.endswith(".") and is_safe(text), f"no sentence, or one that is not safe to show: {text!r}")
 
 
 def index(data: bytes) -> None:
@@ -117,7 +112,7 @@ def layer_config(data: bytes) -> None:
         for text, _ in read_layer_config(path):
             _search(text)
     except errors.StreamquantError as error:
-        _require(_is_safe(str(error)), f"not safe to show: {str(error)!r}")
+        _require(is_safe(str(error)), f"not safe to show: {str(error)!r}")
 
 
 def pattern(data: bytes) -> None:
@@ -125,7 +120,7 @@ def pattern(data: bytes) -> None:
     try:
         _search(data.decode("utf-8", "replace"))
     except errors.StreamquantError as error:
-        _require(_is_safe(str(error)), f"not safe to show: {str(error)!r}")
+        _require(is_safe(str(error)), f"not safe to show: {str(error)!r}")
 
 
 def _search(text: str) -> None:
@@ -154,7 +149,7 @@ def stored(data: bytes) -> None:
         screen = Screen(out=Console(file=text, width=100))
         for parts in (inspection_view(found), [layers_view(found)], [tree_view(found)]):
             show(screen, parts)
-        _require(_is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
+        _require(is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
 
 
 def _decode(layout, read) -> None:
@@ -186,7 +181,7 @@ def make_plan(data: bytes) -> None:
         _require(file.size <= 64 * len(data) + (1 << 20), f"{len(data)} bytes become {file.size}")
         written = {name for name, _ in safetensors.deserialize(file.header + bytes(file.size - len(file.header)))}
         _require(written == {tensor.name for tensor in file.tensors}, "safetensors reads other tensors than were planned")
-        _require(_is_safe("".join(made.notes)), f"not safe to show: {made.notes}")
+        _require(is_safe("".join(made.notes)), f"not safe to show: {made.notes}")
 
 
 def calibration_file(data: bytes) -> None:
@@ -200,7 +195,7 @@ def calibration_file(data: bytes) -> None:
         return
     text = io.StringIO()
     Console(file=text, width=100).print(calibration_table(rows))
-    _require(_is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
+    _require(is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
 
 
 def journal(data: bytes) -> None:
@@ -210,7 +205,7 @@ def journal(data: bytes) -> None:
     try:
         records = read_records(path)
         for text in differences(records.fingerprint, {"source": [], "recipe": {}}):
-            _require(_is_safe(text), f"not safe to show: {text!r}")
+            _require(is_safe(text), f"not safe to show: {text!r}")
     except errors.ResumeError as error:
         _one_safe_sentence(error)
 
@@ -248,7 +243,7 @@ def gguf(data: bytes) -> None:
     text = io.StringIO()
     if len(data) % 4 == 0:
         show(Screen(out=Console(file=text, width=100)), gguf_view(found))
-    _require(_is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
+    _require(is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
     _require(all(kind.nbytes <= len(data) for kind in found.types), "more weights than there are bytes")
     if len(data) <= MOST_COMPARED and not any(name.startswith("GGUF.") for name in found.metadata):  # names that its reader needs itself
         _same_gguf(found, path)

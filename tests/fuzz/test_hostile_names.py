@@ -10,12 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz.safe import is_safe
 from small_checkpoints import Tensor, floats, of_values, save
 
 from streamquant.pages.page import POLICY
@@ -68,10 +68,6 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, *arguments: str, columns: int = 100) -> subprocess.CompletedProcess:
     environment = os.environ | {"COLUMNS": str(columns), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     return subprocess.run([sys.executable, "-m", "streamquant", *arguments], cwd=folder, env=environment, capture_output=True)
-
-
-def is_safe(text: str) -> bool:
-    return all(character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text)
 
 
 SOURCE, QUANTIZED, CALIBRATION, OUTPUT = FILE, f"q{FILE}", f"c{FILE}", f"out{FILE}"

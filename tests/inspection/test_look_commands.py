@@ -28,8 +28,6 @@ from streamquant.verify import verify
 from streamquant.views import checked_layers_view, inspection_view, layers_view, show, verdict_view
 from streamquant.views.common import Rows, path_line
 
-WIDE = {"COLUMNS": "160"}
-
 
 def run(*arguments: str | Path, columns: int = 160) -> Result:
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
