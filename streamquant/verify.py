@@ -10,7 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def verify(
     """
     started = time.monotonic()
     options, watcher = options or Options(), watcher or Unwatched()
-    before, after = (read_contents(_opened(path)) for path in (source, output))
+    before, after = (read_contents(open_checkpoint(path)) for path in (source, output))
     for contents in (before, after):
         refuse_adapter(contents.checkpoint)
     refuse_foreign(after, before.checkpoint.tensors)  # a copy of them is compared byte for byte
@@ -79,10 +79,6 @@ def verify(
         reader.confirm()
         output_reader.confirm()
     return check.verdict(layers, time.monotonic() - started)
-
-
-def _opened(path: str | Path | Checkpoint) -> Checkpoint:
-    return path if isinstance(path, Checkpoint) else open_checkpoint(path)
 
 
 def _ranges(
@@ -232,14 +228,17 @@ class _Check:
         """What is wrong with a tensor that should be a copy; a small one is looked for among the others."""
         info = pair.output[0].info
         if len(pair.source) == 1 and info.nbytes <= SMALL:
-            found = bytes(self.output_reader.tile(pair.output[0], 0, info.nbytes))
-            for other in self.pairing.pairs:
-                theirs = other.source[0].info
-                is_like = other.kind == "copy" and (theirs.dtype, theirs.shape) == (info.dtype, info.shape)
-                if is_like and other is not pair and bytes(self.reader.tile(other.source[0], 0, theirs.nbytes)) == found:
-                    return f"it should be a copy, and holds the bytes of {printable(other.key)}"
+            other = self._small_copies.get(_content(self.output_reader, pair.output[0]))
+            if other is not None:
+                return f"it should be a copy, and holds the bytes of {printable(other)}"
         differ = "1 byte differs" if unequal == 1 else f"{unequal:,} bytes differ"
         return f"it is not quantized and should be a copy, but {differ}"
+
+    @cached_property
+    def _small_copies(self) -> dict[tuple[str, tuple[int, ...], str], str]:
+        """The small tensors of the source that should be copied, by what they are and hold."""
+        tensors = ((pair.key, pair.source[0]) for pair in self.pairing.pairs if pair.kind == "copy" and len(pair.source) == 1)
+        return {_content(self.reader, tensor): key for key, tensor in tensors if tensor.info.nbytes <= SMALL}
 
     def _of_another_model(self, layers: list[LayerCheck]) -> Iterator[Finding]:
         """Most layers are near their source and yet not made of it: they were made of a relative."""
@@ -296,6 +295,12 @@ def _decoded_note(layers: list[LayerCheck], pairing: Pairing) -> Iterator[str]:
         f"The output {holds}: {len(found):,} of its weights were decoded from {names}, and are compared as weights. They are "
         f"within {mean:.2%} of the source on average, {max(found):.2%} at worst."
     )
+
+
+def _content(reader: TileReader, tensor: SourceTensor) -> tuple[str, tuple[int, ...], str]:
+    """dtype, shape and a hash of the bytes of a small tensor."""
+    info = tensor.info
+    return info.dtype, info.shape, xxhash.xxh3_128_hexdigest(reader.tile(tensor, 0, info.nbytes))
 
 
 def _bytes_of(pair: Pair, ranges: list[tuple[int, int]]) -> int:
