@@ -18,6 +18,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.json_text import MAX_MARKER_BYTES, load_json
 from streamquant.formats.bnb4 import BLOCK_SIZES
+from streamquant.stored.recognise import MOST_ELEMENTS
 
 from . import decode
 from .errors import UnloadableError
@@ -125,7 +126,7 @@ def _restore_4bit(tensors: dict[str, torch.Tensor], key: str, state_key: str, bo
     fields: dict[str, Any] = {"code": part(".quant_map", torch.float32, 16), "block_size": size, "book": book}
     if "nested_offset" in state:
         nested_size, offset = state.get("nested_blocksize"), state["nested_offset"]
-        if type(nested_size) is not int or nested_size < 1 or not isinstance(offset, int | float):
+        if type(nested_size) is not int or not 1 <= nested_size < MOST_ELEMENTS or type(offset) not in (int, float):
             raise UnloadableError(f"{where}: its quant_state does not say how absmax is quantized: the file is damaged.")
         fields |= {
             "scale": part(".absmax", torch.uint8, blocks),

@@ -37,6 +37,7 @@ STATE_ORIGINS = {name: tag for tag, name in DTYPE_NAMES.items() if tag != "F64"}
 INT8_DIVISOR = 127.0
 MAX_BLOCK_SIZE = 1 << 16  # bitsandbytes' largest is 4096
 LARGEST_BLOCK = 512  # edge of a block that anybody writes
+MOST_ELEMENTS = 1 << 62  # larger numbers count nothing that is in a file, and numpy has none
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -272,7 +273,7 @@ def _blocks(
 def _nested(tensors: dict[str, SourceTensor], state: dict[str, Any], count: int) -> Nested | None:
     absmax, code_map = tensors.get("weight.nested_absmax"), tensors.get("weight.nested_quant_map")
     size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    numbers = isinstance(size, int) and size > 0 and isinstance(offset, int | float)
+    numbers = type(size) is int and 0 < size < MOST_ELEMENTS and type(offset) in (int, float)
     if absmax is None or code_map is None or not numbers or absmax.info.elements != -(-count // size):
         return None
     if (absmax.info.dtype, code_map.info.dtype, code_map.info.elements) != ("F32", "F32", 256):

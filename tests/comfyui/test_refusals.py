@@ -56,6 +56,9 @@ DAMAGE = {
     "dtype is a list": ({STATE: as_json(GOOD | {"dtype": []})}, "does not describe a matrix"),
     "the other book": ({STATE: as_json(GOOD | {"quant_type": "fp4"})}, "does not describe a matrix"),
     "nested without size": ({STATE: as_json(GOOD | {"nested_offset": 0.1})}, "how absmax is quantized"),
+    "nested with a size beyond all arrays": (
+        {STATE: as_json(GOOD | {"nested_offset": 0.1, "nested_blocksize": 2**70})}, "how absmax is quantized",
+    ),
     "a book nobody knows": ({f"{LAYER}.weight.quant_state.bitsandbytes__nf5": as_json(GOOD)}, "nf4, fp4"),
     "marked 4-bit, no quant_state": ({STATE: None}, "no quant_state"),
     "unknown format": ({f"{FP8_LAYER}.comfy_quant": as_json({"format": "fp3"})}, "fp3, which neither"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 from click.testing import CliRunner
+from others_layers import bnb4, weight
 from small_checkpoints import Tensor, floats, noise, of_values, save, save_shards
 
 from streamquant import calibration, cli, errors
@@ -171,6 +172,19 @@ def test_an_index_that_is_a_pipe_or_endless(tmp_path):
     for name in ("pipe.json", "zero.json"):
         with pytest.raises(errors.SourceReadError, match="not a regular file"):
             open_checkpoint(tmp_path / name)
+
+
+# States of 4-bit layers
+
+@pytest.mark.parametrize(("key", "value"), [("nested_blocksize", 2**70), ("nested_blocksize", True), ("nested_offset", True)])
+def test_a_nested_state_with_numbers_that_are_none_is_a_layer_that_cannot_be_decoded(tmp_path, key, value):
+    tensors = bnb4(weight(64, 64), nested=True).named("a")
+    name = "a.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[name].data)) | {key: value}
+    data = json.dumps(state).encode()
+    found = read_contents(open_checkpoint(save(tmp_path / "m.safetensors", tensors | {name: Tensor("U8", (len(data),), data)})))
+    (layer,) = found.layers.values()
+    assert layer.layout is None and "its absmax is in 8 bits, and what decodes it is missing" in layer.faults[0]
 
 
 # Journals
