@@ -6,6 +6,7 @@ run with an exit code, and leave the input in the folder CRASHES.
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 from pathlib import Path
@@ -33,12 +34,19 @@ def main() -> None:
     def mutated(data: bytes, size: int, seed: int) -> bytes:
         return mutate(data, size, seed, atheris.Mutate)
 
+    def run(data: bytes) -> None:
+        try:
+            target.run(data)
+        except BaseException:  # libFuzzer was seen to end without having written the input down
+            (Path(crashes) / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            raise
+
     for seed in sorted(Path(corpus).iterdir()):  # what is imported or compiled late is there before memory is counted
-        target.run(seed.read_bytes())
+        run(seed.read_bytes())
     _limit_memory()
     flags = [f"-max_total_time={seconds}", f"-timeout={SLOWEST}", f"-max_len={LARGEST}", f"-artifact_prefix={crashes}/{name}-",
              "-rss_limit_mb=0", "-print_final_stats=1", "-len_control=0"]  # fmt: skip
-    atheris.Setup([sys.argv[0], *flags, *sys.argv[5:], corpus], target.run, **({"custom_mutator": mutated} if target.is_file else {}))
+    atheris.Setup([sys.argv[0], *flags, *sys.argv[5:], corpus], run, **({"custom_mutator": mutated} if target.is_file else {}))
     atheris.Fuzz()
 
 
