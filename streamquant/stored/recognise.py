@@ -191,10 +191,12 @@ def _extent_fault(name: str, count: int, shape: tuple[int, ...], blocks: tuple[i
     by_row = count == 1 or (row_block == 1 and column_block >= shape[-1])
     if name in ("int8_tensorwise", "float8_e4m3fn_rowwise"):
         return None if by_row else f"{name} has one scale per row, and it has {count:,}"
-    largest = max(declared, LARGEST_BLOCK)
+    of_rows = name.endswith("_block3d")  # whose blocks are pieces of a row
+    if declared and count == -(-math.prod(shape[:-1]) // (1 if of_rows else declared)) * -(-shape[-1] // declared):
+        return None
     if count == 1:  # a block may be as large as the layer
-        return f"{name} has scales of blocks, and it has one" if max(shape) > largest else None
-    is_row_a_block = name.endswith("_block3d") and shape[-1] <= largest
+        return f"{name} has scales of blocks, and it has one" if max(shape) > LARGEST_BLOCK else None
+    is_row_a_block = of_rows and shape[-1] <= LARGEST_BLOCK
     return f"{name} has scales of blocks, and it has one per row" if by_row and not is_row_a_block else None
 
 

@@ -37,12 +37,12 @@ def test_every_format_we_write(tmp_path, name, share):
 
 
 # One to a row and one to a layer are scales of blocks too, where a block is as wide as the row or as large as the layer.
-@pytest.mark.parametrize("shape", [(2, 128), (1, 128), (128, 128), (129, 128), (256, 256), (3, 1024), (1024, 1), (1024, 1024), (1, 1)])
+@pytest.mark.parametrize("shape", [(2, 128), (1, 128), (128, 128), (129, 128), (256, 256), (3, 1024), (1024, 1), (1024, 1024), (1, 1), (2, 1), (2, 3)])
 @pytest.mark.parametrize("mode", ["fp8 block", "fp8 block3d", "int8 block"])
-@pytest.mark.parametrize("block_size", [128, 1024])
+@pytest.mark.parametrize("block_size", [1, 128, 1024])
 def test_blocks_as_large_as_the_layer(tmp_path, shape, mode, block_size):
     kind, mode = mode.split()
-    source = save(tmp_path / "source.safetensors", {"a.weight": floats(*shape), "b.weight": floats(2048, 2048, seed=2)})
+    source = save(tmp_path / "source.safetensors", {"a.weight": floats(*shape), "b.weight": floats(2048, 1024, seed=2)})
     output = tmp_path / "output.safetensors"
     recipe = Recipe(FormatChoice(kind, scaling_mode=mode, block_size=block_size, rounding="rtn"), preset=("none",))
     streamquant.convert(source, output, recipe)
