@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import SourceTensor
 from streamquant.formats.bnb4 import DTYPE_NAMES
@@ -37,6 +39,7 @@ STATE_ORIGINS = {name: tag for tag, name in DTYPE_NAMES.items() if tag != "F64"}
 INT8_DIVISOR = 127.0
 MAX_BLOCK_SIZE = 1 << 16  # bitsandbytes' largest is 4096
 LARGEST_BLOCK = 512  # edge of a block that anybody writes
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MOST_ELEMENTS = 1 << 62  # larger numbers count nothing that is in a file, and numpy has none
 FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -275,7 +278,7 @@ def _blocks(
 def _nested(tensors: dict[str, SourceTensor], state: dict[str, Any], count: int) -> Nested | None:
     absmax, code_map = tensors.get("weight.nested_absmax"), tensors.get("weight.nested_quant_map")
     size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    numbers = type(size) is int and 0 < size < MOST_ELEMENTS and type(offset) in (int, float)
+    numbers = type(size) is int and 0 < size < MOST_ELEMENTS and type(offset) in (int, float) and abs(offset) <= FLOAT32_MAX
     if absmax is None or code_map is None or not numbers or absmax.info.elements != -(-count // size):
         return None
     if (absmax.info.dtype, code_map.info.dtype, code_map.info.elements) != ("F32", "F32", 256):

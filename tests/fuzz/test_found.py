@@ -176,7 +176,7 @@ def test_an_index_that_is_a_pipe_or_endless(tmp_path):
 
 # States of 4-bit layers
 
-@pytest.mark.parametrize(("key", "value"), [("nested_blocksize", 2**70), ("nested_blocksize", True), ("nested_offset", True)])
+@pytest.mark.parametrize(("key", "value"), [("nested_blocksize", 2**70), ("nested_blocksize", True), ("nested_offset", True), ("nested_offset", 1e39)])
 def test_a_nested_state_with_numbers_that_are_none_is_a_layer_that_cannot_be_decoded(tmp_path, key, value):
     tensors = bnb4(weight(64, 64), nested=True).named("a")
     name = "a.weight.quant_state.bitsandbytes__nf4"
