@@ -128,7 +128,7 @@ def _marked(tensors: dict[str, SourceTensor], marker: dict[str, Any]) -> Found:
         faults.append("it is marked as rotated, which loaders undo for int8_tensorwise only")
         rotation = 0
     size = marker.get("group_size")
-    declared = size if isinstance(size, int) and size > 0 else 0
+    declared = size if type(size) is int and 0 < size < MOST_ELEMENTS else 0
     return _scaled(tensors, scale, name, loaders, origin, rotation, tuple(faults), declared=declared)
 
 
@@ -139,7 +139,7 @@ def _rotation(marker: dict[str, Any]) -> int:
     if not fields.get("convrot"):
         return 0
     size = fields.get("convrot_groupsize", 256)
-    return size if isinstance(size, int) else -1
+    return size if type(size) is int else -1
 
 
 def _is_group(size: int, columns: int) -> bool:

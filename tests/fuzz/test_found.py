@@ -15,7 +15,7 @@ from small_checkpoints import Tensor, floats, noise, of_values, save, save_shard
 from streamquant import calibration, cli, errors
 from streamquant.checkpoint.journal import differences, read_records
 from streamquant.checkpoint.json_text import load_json
-from streamquant.checkpoint.reader import open_checkpoint
+from streamquant.checkpoint.reader import TileReader, open_checkpoint
 from streamquant.folding import spell
 from streamquant.pages.pictures import Point, blocks_and_kinds
 from streamquant.stored import read_contents
@@ -185,6 +185,19 @@ def test_a_nested_state_with_numbers_that_are_none_is_a_layer_that_cannot_be_dec
     found = read_contents(open_checkpoint(save(tmp_path / "m.safetensors", tensors | {name: Tensor("U8", (len(data),), data)})))
     (layer,) = found.layers.values()
     assert layer.layout is None and "its absmax is in 8 bits, and what decodes it is missing" in layer.faults[0]
+
+
+@pytest.mark.parametrize("size", [True, 2**70, -1, 0, 1.0, "1"])
+def test_a_block_size_that_is_no_number_is_not_taken_for_one(tmp_path, size):
+    marker = json.dumps({"format": "float8_e4m3fn_block3d", "group_size": size}).encode()
+    tensors = {
+        "a.weight": noise("F8_E4M3", 32, 2), "a.weight_scale": floats(32, 2, 1, dtype="F32"),
+        "a.comfy_quant": Tensor("U8", (len(marker),), marker),
+    }  # fmt: skip
+    checkpoint = open_checkpoint(save(tmp_path / "m.safetensors", tensors))
+    (layer,) = read_contents(checkpoint).layers.values()
+    with TileReader(checkpoint) as reader:
+        assert layer.layout.decode(reader.tile, 0, 64).values.shape == (64,)
 
 
 # Journals
