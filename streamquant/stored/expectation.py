@@ -53,7 +53,9 @@ def _scaled_error(layout: ScaledCodes, reference: np.ndarray, absmax: float | No
     sums, tile = ErrorSums(), _load(values)
     dtype = layout.codes.info.dtype
     if dtype == "I8":
-        smallest = SMALLEST_SCALE["block" if layout.row_block > 1 else "row"]
+        # Of one row or column, scales of blocks look like any other.
+        by_block = layout.row_block > 1 or layout.column_block < layout.columns or 1 in layout.shape
+        smallest = SMALLEST_SCALE["block" if by_block else "row"]
         _backend().int8(tile, run, np.maximum(per_run / np.float32(INT8_MAX), smallest), sums)
     else:
         scale = np.maximum(per_run, SMALLEST_ABSMAX) / np.float32(largest_value(dtype))

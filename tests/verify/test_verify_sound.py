@@ -50,6 +50,19 @@ def test_blocks_as_large_as_the_layer(tmp_path, shape, mode, block_size):
     assert found.sound, found.findings
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 128), (128, 1), (2, 128), (64, 64)])
+@pytest.mark.parametrize("block_size", [1, 64])
+@pytest.mark.parametrize("size", [1e-5, 1e-7, 1e-9])
+def test_small_weights_in_blocks_of_any_layer(tmp_path, shape, block_size, size):
+    layer = np.random.default_rng(1).standard_normal(shape) * size
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(layer, "F32")})
+    output = tmp_path / "output.safetensors"
+    recipe = Recipe(FormatChoice("int8", scaling_mode="block", block_size=block_size, rounding="rtn"), preset=("none",))
+    streamquant.convert(source, output, recipe)
+    found = verify(source, output)
+    assert found.sound, found.findings
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e-9, 1e-11, 1e-13, 1e-20, 1e-30, 1e-41, 1e30])
 @pytest.mark.parametrize("name", [name for name in EVERY_FORMAT if "cast" not in name])
 def test_weights_below_the_smallest_scale_and_beyond_what_can_be_squared(tmp_path, name, size):
