@@ -189,17 +189,18 @@ def _extent_fault(name: str, count: int, shape: tuple[int, ...], blocks: tuple[i
     """Why a loader that goes by the format's name would use these scales wrongly, or None."""
     name = printable(name, 40)
     row_block, column_block = blocks
+    rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
     if name in ("float8_e4m3fn", "float8_e5m2"):
         return None if count == 1 else f"{name} has one scale, and it has {count:,}"
-    by_row = count == 1 or (row_block == 1 and column_block >= shape[-1])
+    by_row = count == 1 or (row_block == 1 and column_block >= columns)
     if name in ("int8_tensorwise", "float8_e4m3fn_rowwise"):
         return None if by_row else f"{name} has one scale per row, and it has {count:,}"
     of_rows = name.endswith("_block3d")  # whose blocks are pieces of a row
-    if declared and count == -(-math.prod(shape[:-1]) // (1 if of_rows else declared)) * -(-shape[-1] // declared):
+    if declared and count == -(-rows // (1 if of_rows else declared)) * -(-columns // declared):
         return None
     if count == 1:  # a block may be as large as the layer
-        return f"{name} has scales of blocks, and it has one" if max(shape) > LARGEST_BLOCK else None
-    is_row_a_block = of_rows and shape[-1] <= LARGEST_BLOCK
+        return f"{name} has scales of blocks, and it has one" if max(rows, columns) > LARGEST_BLOCK else None
+    is_row_a_block = of_rows and columns <= LARGEST_BLOCK
     return f"{name} has scales of blocks, and it has one per row" if by_row and not is_row_a_block else None
 
 

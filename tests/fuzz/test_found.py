@@ -200,6 +200,15 @@ def test_a_block_size_that_is_no_number_is_not_taken_for_one(tmp_path, size):
         assert layer.layout.decode(reader.tile, 0, 64).values.shape == (64,)
 
 
+@pytest.mark.parametrize("size", [32, None])
+@pytest.mark.parametrize("name", ["int8_blockwise", "int8_tensorwise"])
+def test_a_single_number_marked_as_a_layer(tmp_path, name, size):
+    marker = json.dumps({"format": name, "group_size": size}).encode()
+    tensors = {"a.weight": noise("I8"), "a.weight_scale": floats(dtype="F32"), "a.comfy_quant": Tensor("U8", (len(marker),), marker)}
+    (layer,) = read_contents(open_checkpoint(save(tmp_path / "m.safetensors", tensors))).layers.values()
+    assert (layer.shape, layer.faults) == ((), ())
+
+
 # Journals
 
 def journal(folder: Path, *lines: str) -> Path:
