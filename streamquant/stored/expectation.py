@@ -50,21 +50,33 @@ def _scaled_error(layout: ScaledCodes, reference: np.ndarray, absmax: float | No
     per_run, run = _run_absmax(layout, values, absmax)
     if per_run is None:
         return None
-    sums, tile = ErrorSums(), _load(values)
-    dtype = layout.codes.info.dtype
+    tile, dtype = _load(values), layout.codes.info.dtype
     if dtype == "I8":
-        # Of one row or column, scales of blocks look like any other.
-        by_block = layout.row_block > 1 or layout.column_block < layout.columns or 1 in layout.shape
-        smallest = SMALLEST_SCALE["block" if by_block else "row"]
-        _backend().int8(tile, run, np.maximum(per_run / np.float32(INT8_MAX), smallest), sums)
-    else:
-        scale = np.maximum(per_run, SMALLEST_ABSMAX) / np.float32(largest_value(dtype))
-        if layout.scale is None:
-            scale = np.ones_like(per_run)
-        _backend().fp8(tile, run, np.float32(1) / scale, scale, {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}[dtype], sums)
-    if not sums.weight and reference.any():
-        return 1.0  # too small to be squared, and far below the smallest code
-    return _relative(sums) + ROUNDING_SLACK
+        return max(_int8_error(tile, run, per_run, SMALLEST_SCALE[mode], reference.any()) for mode in _int8_modes(layout))
+    scale = np.maximum(per_run, SMALLEST_ABSMAX) / np.float32(largest_value(dtype))
+    if layout.scale is None:
+        scale = np.ones_like(per_run)
+    sums = ErrorSums()
+    _backend().fp8(tile, run, np.float32(1) / scale, scale, {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}[dtype], sums)
+    return _of_sums(sums, reference.any())
+
+
+def _int8_modes(layout: ScaledCodes) -> list[str]:
+    """What INT8 scales may be of: a single one, or those of a single row or column, may be of a block too."""
+    if layout.scale is None or layout.scale.info.elements == 1 or (layout.row_block == 1 and 1 in layout.shape):
+        return ["row", "block"]
+    return ["block"] if layout.row_block > 1 or layout.column_block < layout.columns else ["row"]
+
+
+def _int8_error(tile, run: int, per_run: np.ndarray, smallest: np.float32, has_weights: bool) -> float:
+    sums = ErrorSums()
+    _backend().int8(tile, run, np.maximum(per_run / np.float32(INT8_MAX), smallest), sums)
+    return _of_sums(sums, has_weights)
+
+
+def _of_sums(sums: ErrorSums, has_weights: bool) -> float:
+    """The error; 1 for weights too small to be squared, and far below the smallest code."""
+    return 1.0 if not sums.weight and has_weights else _relative(sums) + ROUNDING_SLACK
 
 
 def _run_absmax(layout: ScaledCodes, values: np.ndarray, absmax: float | None) -> tuple[np.ndarray | None, int]:

@@ -63,6 +63,17 @@ def test_small_weights_in_blocks_of_any_layer(tmp_path, shape, block_size, size)
     assert found.sound, found.findings
 
 
+@pytest.mark.parametrize("shape", [(512, 1), (1, 512), (32, 16)])
+@pytest.mark.parametrize("seed", range(31))
+def test_few_values_of_float16_under_one_scale(tmp_path, shape, seed):
+    layer = np.random.default_rng(seed).standard_normal(shape) * 1e-7
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(layer, "F16")})
+    output = tmp_path / "output.safetensors"
+    streamquant.convert(source, output, Recipe(FormatChoice("int8", scaling_mode="tensor", rounding="rtn"), preset=("none",)))
+    found = verify(source, output)
+    assert found.sound, found.findings
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e-9, 1e-11, 1e-13, 1e-20, 1e-30, 1e-41, 1e30])
 @pytest.mark.parametrize("name", [name for name in EVERY_FORMAT if "cast" not in name])
 def test_weights_below_the_smallest_scale_and_beyond_what_can_be_squared(tmp_path, name, size):
