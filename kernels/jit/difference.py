@@ -14,6 +14,8 @@ from .hadamard import rotate_groups
 
 INFINITE = np.int32(0x7F800000)
 E4M3, E5M2, INT8 = range(3)  # grids of one-byte codes
+# What is only summed may be contracted too.
+SUMMED = OPTIONS | {"fastmath": OPTIONS["fastmath"] | {"contract"}}
 EXACT = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
 # Places in the array of sums: the fields of DifferenceSums, then those of Steps.
 WEIGHT, ERROR, PRODUCT, LARGEST, LARGEST_AT, ABSMAX, FINITE, SATURATED = range(8)
@@ -22,7 +24,7 @@ SUMS = 17
 FAR, FARTHER, FARTHEST, LOOSE = np.float32(FAR), np.float32(FARTHER), np.float32(FARTHEST), np.float32(LOOSE)
 
 
-@njit(**OPTIONS)
+@njit(**SUMMED)
 def _add_span(values, tile, begin, sums):
     """Add values [m] float32 against tile [m], which are elements from `begin` on."""
     size = values.shape[0]
@@ -52,12 +54,35 @@ def _add_span(values, tile, begin, sums):
                 break
 
 
-@njit(**OPTIONS)
+@njit(**SUMMED)
+def _add_far(values, steps, tile, begin, sums):
+    """How far the far elements of one span are, and where the first one is; arguments as of `_add_steps`."""
+    size = values.shape[0]
+    farther, farthest = int32(0), int32(0)
+    for element in range(size):
+        value, signed = values[element], steps[element]
+        error = value - as_float32(tile[element])
+        is_clipped = (signed < np.float32(0)) & (error * value < np.float32(0))
+        magnitude = np.float32(0) if is_clipped else abs(error)
+        farther += int32(magnitude > FARTHER * abs(signed))
+        farthest += int32(magnitude > FARTHEST * abs(signed))
+    sums[FARTHER_COUNT] += farther
+    sums[FARTHEST_COUNT] += farthest
+    if sums[FAR_AT] < 0:
+        for element in range(size):
+            value, signed = values[element], steps[element]
+            error = value - as_float32(tile[element])
+            if abs(error) > FAR * abs(signed) and not (signed < 0 and error * value < 0):
+                sums[FAR_AT] = begin + element
+                break
+
+
+@njit(**SUMMED)
 def _add_steps(values, steps, tile, begin, sums):
     """Judge one span: values [m] against tile [m], in steps [m] float32, negative where a weight beyond is clipped."""
     size = values.shape[0]
     error_sum, step_sum = np.float32(0), np.float32(0)
-    far, farther, farthest, loose = int32(0), int32(0), int32(0), int32(0)
+    far, loose = int32(0), int32(0)
     for element in range(size):
         value, signed = values[element], steps[element]
         error = value - as_float32(tile[element])
@@ -68,22 +93,12 @@ def _add_steps(values, steps, tile, begin, sums):
         step_sum += step * step
         loose += int32(magnitude > LOOSE * step)
         far += int32(magnitude > FAR * step)
-        farther += int32(magnitude > FARTHER * step)
-        farthest += int32(magnitude > FARTHEST * step)
     sums[SPANS] += 1
     sums[LOOSE_COUNT] += loose
     if far > 0:
         sums[FAR_COUNT] += far
-        sums[FARTHER_COUNT] += farther
-        sums[FARTHEST_COUNT] += farthest
         sums[FAR_SPANS] += 1
-        if sums[FAR_AT] < 0:
-            for element in range(size):
-                value, signed = values[element], steps[element]
-                error = value - as_float32(tile[element])
-                if abs(error) > FAR * abs(signed) and not (signed < 0 and error * value < 0):
-                    sums[FAR_AT] = begin + element
-                    break
+        _add_far(values, steps, tile, begin, sums)
         if np.float64(error_sum) > WILD * np.float64(step_sum):
             sums[WILD_SPANS] += 1
             if sums[WILD_AT] < 0:
