@@ -6,6 +6,8 @@ Option names are matched after every underscore is read as a hyphen, so the spel
 
 from __future__ import annotations
 
+import atexit
+import gc
 from typing import Any
 
 import click
@@ -24,6 +26,7 @@ from .safe import Program
 from .verify import verify
 
 MAX_WIDTH = 100
+GARBAGE_THRESHOLD = 50_000  # objects
 CONTEXT = {
     "max_content_width": MAX_WIDTH,
     "token_normalize_func": lambda word: word.replace("_", "-"),
@@ -43,6 +46,10 @@ def _show_version(context: click.Context, _: Any, wanted: bool) -> None:
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions.")
 def main() -> None:
     """Turn a huge diffusion checkpoint into a small one, in constant memory."""
+    # Looking for cycles every 700 objects costs a fifth of the time that numba loads in, and once more at the end, when
+    # nothing needs to be found any more, a sixth of a second.
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    atexit.register(gc.freeze)
 
 
 main.add_command(convert)
