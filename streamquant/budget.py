@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import psutil
-
 from streamquant.checkpoint.header import printable
 from streamquant.errors import BudgetError
 from streamquant.plan import Plan, Unit
@@ -136,5 +134,6 @@ def anonymous_bytes() -> int:
             _, resident, shared = map(int, statm.read().split()[:3])
         return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        pass  # not Linux: the nearest thing psutil has
-    return psutil.Process(os.getpid()).memory_info().rss
+        import psutil  # not Linux: this is the nearest thing
+
+        return psutil.Process(os.getpid()).memory_info().rss
