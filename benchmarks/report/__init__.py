@@ -24,6 +24,7 @@ def parts(read: Read) -> dict[str, str]:
     quality = read("quality")
     return {
         "conversions": tables.conversion_table(read("convert")),
+        "sizes": tables.size_table(read("convert")),
         "kernels": tables.kernel_table(read("kernels")),
         "rounding": rounding_tables.tables(quality),
         "quality": tables.quality_table(quality),

@@ -62,6 +62,22 @@ def conversions(rows: Sequence[Result], source: str) -> dict[str, dict[str, Resu
     return {case: by_contender(newest[case, source]) for case in CONVERSIONS if (case, source) in newest}
 
 
+def sizes(rows: Sequence[Result]) -> dict[tuple[str, str], dict[str, Result]]:
+    """Of each conversion of sources of several sizes, the newest cold session of each: (case, source) -> rows by contender,
+    the smaller sources first. A sparse source has no copy to be held against."""
+
+    def measured(heat: list[Result]) -> bool:
+        return any(row.contender == OURS and row.p50 is not None and is_cold(row) for row in heat)
+
+    newest = {key: by_contender(heat) for key, heat in results.newest(rows, measured).items()}
+    found = {}
+    for case in CONVERSIONS:
+        of_case = {key: heat for key, heat in newest.items() if key[0] == case}
+        if len(of_case) > 1:
+            found |= dict(sorted(of_case.items(), key=lambda item: item[1][OURS].size_bytes))
+    return found
+
+
 def recoveries(rows: Sequence[Result]) -> dict[tuple[str, str, str], dict[str, Result]]:
     """Of each killed conversion, its newest cold session: (case, contender, moment) -> rows by metric; ours first.
 

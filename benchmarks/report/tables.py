@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.cases import CASES
 from benchmarks.quality_results import AS_IT_COMES
 from benchmarks.report.equal_bytes import CALIBRATED, PANELS, points
-from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations, recoveries
+from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations, recoveries, sizes
 from benchmarks.results import Result
 
 SIZE = "4GB"
@@ -49,6 +49,25 @@ def conversion_table(rows: Sequence[Result], source: str = SIZE) -> str:
     ]  # fmt: skip
     shown = [row for heat in found.values() for row in heat.values()]
     return f"{markdown(heads, lines)}\nMedians; each line is one session. {machine(shown)}.\n"
+
+
+def size_table(rows: Sequence[Result]) -> str:
+    """Conversions of sources of every size, to the formats that were measured at several."""
+    found = sizes(rows)
+    if not found:
+        return "Not measured yet.\n"
+    lines = []
+    for (case, source), heat in found.items():
+        mine, copied, peer = heat[OURS], heat.get("cp"), heat.get(PEER)
+        has_copy = copied is not None and copied.p50 is not None
+        lines.append(
+            [CONVERSIONS[case], source.removesuffix("-sparse"), f"{mine.p50:.1f} s", f"{mine.bytes_per_second / 1e9:.2f} GB",
+             f"{mine.p50 / copied.p50:.2f}" if has_copy else "sparse: no copy",
+             f"{peer.p50:.0f} s, {memory(peer.peak_anonymous_bytes)}" if peer is not None and peer.p50 else "",
+             memory(mine.peak_anonymous_bytes)]
+        )  # fmt: skip
+    heads = ["to", "source", "whole command", "of source a second", "against `cp` + fsync", f"{PEER} `--simple`", "peak memory"]
+    return f"{markdown(heads, lines)}\nMedians. {machine([row for heat in found.values() for row in heat.values()])}.\n"
 
 
 def kernel_table(rows: Sequence[Result]) -> str:

@@ -71,6 +71,23 @@ def test_of_each_conversion_the_newest_complete_and_cold_session_is_shown() -> N
     assert rows[0].cpu in lines[-1] and rows[0].commit in lines[-1]
 
 
+def test_formats_measured_at_several_sizes_are_shown_smallest_first() -> None:
+    def sized(size: int, rows: list[Result]) -> list[Result]:
+        return [replace(row, size_bytes=size) for row in rows]
+
+    rows = [
+        *sized(64 * 10**9, conversion("nf4", {"cp": None, "streamquant": 64.0}, source="flux2-dev-sparse")),
+        *sized(10**9, conversion("nf4", {"cp": 4.0, "streamquant": 1.0, PEER: 9.0}, source="1GB")),
+        *sized(10**9, conversion("nf4", {"cp": 4.0, "streamquant": 2.0, PEER: 8.0}, source="1GB")),
+        *sized(10**9, conversion("nf4", {"cp": 4.0, "streamquant": 1.0}, source="1GB", cache="warm")),
+        *conversion("fp8-tensor", {"cp": 1.0, "streamquant": 1.0}),
+    ]
+    lines = tables.size_table(rows).splitlines()[2:]
+    assert lines[0] == "| NF4 | 1GB | 2.0 s | 2.00 GB | 0.50 | 8 s, 100 MiB | 100 MiB |"
+    assert lines[1] == "| NF4 | flux2-dev | 64.0 s | 0.06 GB | sparse: no copy |  | 100 MiB |"
+    assert lines[2] == ""
+
+
 def killed(seconds: float, moments: dict[str, float], name: str = "streamquant", cache: str = "cold file") -> list[Result]:
     """One session of kills: the uninterrupted run's time; by moment the share that was lost, ten times that written again."""
 
