@@ -15,7 +15,7 @@ from streamquant.pairing import Pair, Pairing
 from streamquant.stored import Contents, Layout, Plain, Read, tiles
 from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
 from streamquant.stored.difference import Difference
-from streamquant.stored.expectation import nearest_error
+from streamquant.stored.expectation import Truth, nearest_error
 from streamquant.stored.four_bit import Blocks4bit
 from streamquant.verdict import LayerCheck
 
@@ -80,14 +80,18 @@ class Judge:
         """The check of one pair of weights, with the cause of what is wrong."""
         difference, layer = found.difference, pair.layer
         faults = list(layer.faults) if layer else []
-        expected, measured = self._examine(pair, found)
+        truth = Truth(pair.reference, self.read_source, difference.absmax if self.sample >= 1 else None)
+        expected, measured = self._examine(pair, found, truth)
+        if truth.absmax is None and is_suspect(difference, expected, measured):
+            truth = truth.seen_whole()
+            expected, measured = self._examine(pair, found, truth)
         if not faults and difference.elements and not self._is_as_written(pair, measured, difference):
             if is_suspect(difference, expected, measured):
-                faults = [diagnose(self._case(pair, found, [place for place, _ in self._examined(pair, found)]))]
+                faults = [diagnose(self._case(pair, truth, [place for place, _ in self._examined(pair, found)]))]
             elif is_damaged(pair.layout, difference):
                 steps = difference.steps
                 first = steps.wild_at if steps.wild_spans else steps.far_at
-                case = self._case(pair, found, [_rows_around(pair.layout, first)])
+                case = self._case(pair, truth, [_rows_around(pair.layout, first)])
                 # A small absmax among large ones is itself rounded, by more than its codes' steps: only codes count then.
                 if not (_is_nested(pair.layout) and codes_are_right(case)):
                     faults = [diagnose_damage(case, steps)]
@@ -115,27 +119,22 @@ class Judge:
         names = [tensor.name for tensor in pair.layer.tensors.values()]
         return self.is_learned and all(name in self.intact for name in names)
 
-    def _examine(self, pair: Pair, found: PairSum) -> tuple[float | None, float]:
+    def _examine(self, pair: Pair, found: PairSum, truth: Truth) -> tuple[float | None, float]:
         """(error of rounding to nearest, error as it is), over a few ranges and the worst; the pair of the worst ratio."""
         if pair.decoded_from is not None:  # the error is that of a format whose scales are gone
             return None, found.difference.relative_error
         if isinstance(pair.layout, Plain):
             return DECODED_ERROR, found.difference.relative_error
-        absmax = self._absmax(found)
         worst: tuple[float | None, float] = (None, found.difference.relative_error)
         ratio = -1.0
         for (begin, end), actual in self._examined(pair, found):
-            expected = nearest_error(pair.layout, pair.reference.decode(self.read_source, begin, end).values, absmax)
+            expected = nearest_error(pair.layout, truth, begin, end)
             if expected is None:
                 continue
             now = actual / expected if expected else (math.inf if actual else 0.0)
             if now > ratio:
                 ratio, worst = now, (expected, actual)
         return worst
-
-    def _absmax(self, found: PairSum) -> float | None:
-        """The largest magnitude of the layer, where all of it was seen."""
-        return found.difference.absmax if self.sample >= 1 else None
 
     def _examined(self, pair: Pair, found: PairSum) -> list[tuple[tuple[int, int], float]]:
         """A few of the ranges that were looked at, from all over the layer, and the worst one; each with its error."""
@@ -145,14 +144,13 @@ class Judge:
             chosen.add(int(np.argmax(found.shares)))
         return [looked_at[number] for number in sorted(chosen)]
 
-    def _case(self, pair: Pair, found: PairSum, ranges: list[tuple[int, int]]) -> Case:
+    def _case(self, pair: Pair, truth: Truth, ranges: list[tuple[int, int]]) -> Case:
         def others() -> Iterator[tuple[str, Layout, Layout | None]]:
             for other in self.pairing.pairs:
                 if other.key != pair.key and other.reference is not None and other.reference.shape == pair.reference.shape:
                     yield other.key, other.reference, other.layout
 
-        absmax = self._absmax(found)
-        return Case(pair.layout, pair.reference, self.read_output, self.read_source, tuple(ranges), absmax, others)
+        return Case(pair.layout, truth, self.read_output, tuple(ranges), others)
 
 
 def is_suspect(difference: Difference, expected: float | None, measured: float) -> bool:

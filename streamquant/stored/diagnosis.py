@@ -17,7 +17,7 @@ from streamquant.kernels import Steps
 from streamquant.kernels.sums import SPAN
 
 from .difference import Difference, compare, measure
-from .expectation import nearest_error
+from .expectation import Truth, nearest_error
 from .four_bit import Blocks4bit
 from .layouts import Layout, Read, ScaledCodes, rotate
 from .misreadings import misreadings, same_scales, with_scales_of
@@ -41,25 +41,28 @@ class Case:
     """
 
     layout: Layout
-    reference: Layout
+    truth: Truth
     read: Read
-    read_reference: Read
     ranges: tuple[tuple[int, int], ...]
-    absmax: float | None
     others: Callable[[], Iterable[tuple[str, Layout, Layout | None]]]
 
     def decoded(self) -> list[np.ndarray]:
         return [self.layout.decode(self.read, begin, end).values for begin, end in self.ranges]
 
     def references(self) -> list[np.ndarray]:
-        return [self.reference.decode(self.read_reference, begin, end).values for begin, end in self.ranges]
+        return [self.truth.values(begin, end) for begin, end in self.ranges]
+
+    def nearest_errors(self, layout: Layout) -> list[float]:
+        """What rounding to nearest makes of each range in this layout, where that can be known."""
+        found = [nearest_error(layout, self.truth, begin, end) for begin, end in self.ranges]
+        return [error for error in found if error is not None]
 
     def difference(self, layout: Layout, read: Read) -> Difference:
         """Of another reading of the layer."""
         total = Difference()
         with np.errstate(over="ignore", invalid="ignore"):
             for begin, end in self.ranges:
-                total.add(compare(layout, read, self.reference, self.read_reference, begin, end))
+                total.add(compare(layout, read, self.truth.layout, self.truth.read, begin, end))
         return total
 
 
@@ -76,7 +79,7 @@ def diagnose(case: Case) -> str:
     for text, layout, read in misreadings(case.layout, case.read):
         found = case.difference(layout, read)
         mends = total.nonfinite or found.error < MENDED * total.error
-        if mends and _fits(found, layout, references, case.absmax):
+        if mends and _fits(case, found, layout):
             return text
     if total.nonfinite:
         return _nonfinite(case, decoded, references)
@@ -114,14 +117,13 @@ def codes_are_right(case: Case) -> bool:
     return not there.any() or float(1 - error[there].sum() / weight[there].sum()) ** 0.5 > SAME
 
 
-def _fits(total: Difference, layout: Layout, references: list[np.ndarray], absmax: float | None) -> bool:
+def _fits(case: Case, total: Difference, layout: Layout) -> bool:
     """Whether a reading's error is what its format makes."""
     if total.nonfinite or not total.weight or total.relative_error >= 0.7:
         return False
     if total.relative_error <= FITS_AT_LEAST:
         return True
-    expected = [nearest_error(layout, reference, absmax) for reference in references]
-    return total.relative_error <= FITS * max((error for error in expected if error is not None), default=0.0)
+    return total.relative_error <= FITS * max(case.nearest_errors(layout), default=0.0)
 
 
 def _nonfinite(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str:
@@ -167,7 +169,7 @@ def _scales_of_another(case: Case, decoded: list[np.ndarray], references: list[n
                 return f"its scales are those of {printable(name)}"
             continue
         reading = with_scales_of(case.layout, other, case.read)
-        if reading and _fits(case.difference(*reading[1:]), case.layout, references, case.absmax):
+        if reading and _fits(case, case.difference(*reading[1:]), case.layout):
             return f"its scales are those that {printable(name)} should have"
     return None
 
@@ -196,7 +198,7 @@ def _likeness(case: Case, decoded: list[np.ndarray], references: list[np.ndarray
 def _wrong_scale(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str | None:
     """Fit one factor to everything that shares a scale: if that mends the layer, its scales were wrong."""
     every, error, weight = _factors(case, decoded, references)
-    limit = _scale_limit(case, references)
+    limit = _scale_limit(case)
     if not every.size:
         return None
     together = _scale_run(case.layout) or min(values.size for values in decoded)
@@ -255,16 +257,15 @@ def _scale_run(layout: Layout) -> int:
     return getattr(layout, "group", 0) or layout.columns
 
 
-def _scale_limit(case: Case, references: list[np.ndarray]) -> float:
-    expected = [nearest_error(case.layout, reference, case.absmax) for reference in references]
-    return max(FITS * max((error for error in expected if error is not None), default=0.05), FITS_AT_LEAST)
+def _scale_limit(case: Case) -> float:
+    return max(FITS * max(case.nearest_errors(case.layout), default=0.05), FITS_AT_LEAST)
 
 
 def _other_layer(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str | None:
     """Look for a source weight of the same shape that these bytes come from, whatever their scales."""
     begin, end = case.ranges[0]
     for name, layout, _ in islice(case.others(), MOST_OTHERS):
-        reference = layout.decode(case.read_reference, begin, end).values
+        reference = layout.decode(case.truth.read, begin, end).values
         if _likeness(case, decoded[:1], [reference]) > SAME:
             whole = measure(decoded[0], reference).cosine > SAME
             return f"it holds the {'weights' if whole else 'codes, but not the scales,'} of {printable(name)}"
@@ -272,7 +273,7 @@ def _other_layer(case: Case, decoded: list[np.ndarray], references: list[np.ndar
 
 
 def _reordered(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str | None:
-    return reordered(case.layout, case.reference, case.read, case.read_reference)
+    return reordered(case.layout, case.truth.layout, case.read, case.truth.read)
 
 
 def _clipped(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str | None:
@@ -287,7 +288,7 @@ def _clipped(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]
 def _partly(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str | None:
     """Whether most rows are as they should be: then the others are damaged, and where is known."""
     columns = case.layout.columns
-    limit = _scale_limit(case, references)
+    limit = _scale_limit(case)
     bad, good, zeros = [], 0, True
     for (begin, _), values, reference in zip(case.ranges, decoded, references, strict=True):
         width = columns if values.size % columns == 0 else values.size

@@ -7,6 +7,7 @@ outliers and be perfectly sound.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,23 +17,69 @@ from streamquant.kernels import ErrorSums, select
 from streamquant.kernels.codebooks import INT8_MAX
 
 from .four_bit import Blocks4bit
-from .layouts import Layout, ScaledCodes, largest_value, rotate
+from .layouts import Layout, Read, ScaledCodes, largest_value, rotate, tiles
 
 SMALLEST_BLOCK = 1e-36  # from which down float32 has too few digits left to speak of an error
 NESTED_SLACK = 0.02  # of an absmax in 8 bits, beside what the codes make
 ROUNDING_SLACK = 1e-6  # of float32 arithmetic, where a format represents all weights exactly
 
 
-def nearest_error(layout: Layout, reference: np.ndarray, absmax: float | None) -> float | None:
-    """Relative Frobenius error of `reference` (float32 [n]: whole rows) in this layout, codes rounded to nearest.
+@dataclass(frozen=True)
+class Truth:
+    """The weights that a layer was made from. absmax: the largest magnitude of all of them, None where not all were seen."""
 
-    absmax: the largest magnitude of the whole reference, which a tensor scale needs. None when there is no knowing: a
-    tensor scale without absmax, rows cut in pieces, a reference that is not finite.
+    layout: Layout
+    read: Read
+    absmax: float | None
+    _rotated: dict[int, float] = field(default_factory=dict)
+
+    def values(self, begin: int, end: int) -> np.ndarray:
+        """Elements [begin, end): float32, whole rows or a part of one."""
+        return self.layout.decode(self.read, begin, end).values
+
+    def seen_whole(self) -> Truth:
+        """The same, after a look at all of them."""
+        backend = _backend()
+        absmax = 0.0
+        for begin, end in tiles(self.layout.shape):
+            tile = backend.without_nonfinite(self.layout.tile(self.read, begin, end))
+            absmax = max(absmax, float(backend.absmax(tile, end - begin)[0]))
+        return replace(self, absmax=absmax)
+
+    def rotated_absmax(self, group: int) -> float:
+        """The largest magnitude after a rotation of groups, which spreads outliers: of every weight."""
+        if group not in self._rotated:
+            ranges = tiles(self.layout.shape)
+            self._rotated[group] = max(float(np.abs(rotate(self.values(*part), group)).max()) for part in ranges)
+        return self._rotated[group]
+
+    def block_absmax(self, scaled: ScaledCodes, first_row: int, end_row: int) -> np.ndarray:
+        """The largest magnitudes of whole blocks, also of what lies outside the rows: float32 [rows, columns / width]."""
+        columns, width, edge = scaled.columns, scaled.column_block, scaled.row_block
+        all_rows = math.prod(scaled.shape[:-1])
+        blocks = range(first_row // edge, (end_row - 1) // edge + 1)
+        found = np.zeros((len(blocks), columns // width), dtype=np.float32)
+        for absmax, block in zip(found, blocks, strict=True):
+            rows = min((block + 1) * edge, all_rows) - block * edge
+            for begin, end in tiles((rows, columns)):
+                values = self.values(block * edge * columns + begin, block * edge * columns + end)
+                values = rotate(values, scaled.rotation) if scaled.rotation else values
+                peaks = _backend().absmax(_load(values), width).reshape(-1, columns // width)
+                np.maximum(absmax, peaks.max(axis=0), out=absmax)
+        return found[np.arange(first_row, end_row) // edge - blocks.start]
+
+
+def nearest_error(layout: Layout, truth: Truth, begin: int, end: int) -> float | None:
+    """Relative Frobenius error of elements [begin, end), whole rows, in this layout, codes rounded to nearest.
+
+    None when there is no knowing: a tensor scale where not all weights were seen, rows cut in pieces, weights that are not
+    finite.
     """
+    reference = truth.values(begin, end)
     if not np.isfinite(reference).all():
         return None
     if isinstance(layout, ScaledCodes):
-        return _scaled_error(layout, reference, absmax)
+        return _scaled_error(layout, truth, reference, begin)
     if isinstance(layout, Blocks4bit):
         sums = ErrorSums()
         largest = float(np.abs(reference).max(initial=0.0))
@@ -45,10 +92,10 @@ def nearest_error(layout: Layout, reference: np.ndarray, absmax: float | None) -
     return 0.0 if layout.relative_error is None else layout.relative_error
 
 
-def _scaled_error(layout: ScaledCodes, reference: np.ndarray, absmax: float | None) -> float | None:
+def _scaled_error(layout: ScaledCodes, truth: Truth, reference: np.ndarray, begin: int) -> float | None:
     values = rotate(reference, layout.rotation) if layout.rotation else reference
-    per_run, run = _run_absmax(layout, values, absmax)
-    if per_run is None:
+    per_run, run = _run_absmax(layout, truth, values, begin)
+    if per_run is None or not np.isfinite(per_run).all():
         return None
     tile, dtype = _load(values), layout.codes.info.dtype
     if dtype == "I8":
@@ -79,26 +126,25 @@ def _of_sums(sums: ErrorSums, has_weights: bool) -> float:
     return 1.0 if not sums.weight and has_weights else _relative(sums) + ROUNDING_SLACK
 
 
-def _run_absmax(layout: ScaledCodes, values: np.ndarray, absmax: float | None) -> tuple[np.ndarray | None, int]:
-    """The magnitude that each run of contiguous values shares its scale for (float32 [runs]), and the length of a run."""
+def _run_absmax(layout: ScaledCodes, truth: Truth, values: np.ndarray, begin: int) -> tuple[np.ndarray | None, int]:
+    """The magnitude that each run of contiguous values shares its scale for (float32 [runs]), and the length of a run.
+
+    values: as they are encoded, from element `begin` on.
+    """
     if layout.scale is None:
         return np.ones(1, dtype=np.float32), values.size
     columns, width = layout.columns, layout.column_block
     if layout.scale.info.elements == 1:
-        if absmax is None:
+        if truth.absmax is None:
             return None, 0
-        # A rotation spreads outliers: the largest magnitude after it is found in the values themselves.
-        largest = float(np.abs(values).max()) if layout.rotation else absmax
+        largest = truth.rotated_absmax(layout.rotation) if layout.rotation else truth.absmax
         return np.array([largest], dtype=np.float32), values.size
     if values.size % columns or columns % width:
         return None, 0
-    per_run = np.abs(values).reshape(-1, width).max(axis=1)
-    if layout.row_block > 1:
-        rows = per_run.reshape(-1, columns // width)
-        starts = np.arange(0, len(rows), layout.row_block)
-        shared = np.maximum.reduceat(rows, starts, axis=0)
-        per_run = np.repeat(shared, np.diff([*starts, len(rows)]), axis=0).reshape(-1)
-    return per_run.astype(np.float32), width
+    if layout.row_block == 1:
+        return np.abs(values).reshape(-1, width).max(axis=1), width
+    first_row = begin // columns
+    return truth.block_absmax(layout, first_row, first_row + values.size // columns).reshape(-1), width
 
 
 def _backend():

@@ -192,6 +192,44 @@ def test_heavy_tails_under_one_scale_are_no_fault(tmp_path):
     assert found.layers[0].relative_error > 0.1 and found.sound
 
 
+def _one_outlier_in_each_block(values: np.ndarray) -> None:
+    values[100::128, 5::128] = 150 * values.std()
+
+
+def _one_loud_row(values: np.ndarray) -> None:
+    values[133] *= 40
+
+
+def _one_loud_column(values: np.ndarray) -> None:
+    values[:, 777] *= 100
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("disturb", [_one_outlier_in_each_block, _one_loud_row, _one_loud_column])
+@pytest.mark.parametrize("name", [*(name for name in EVERY_FORMAT if "cast" not in name), "int8 64", "int8 320"])
+def test_outliers_of_a_layer_that_is_looked_at_in_many_pieces_are_no_fault(tmp_path, name, disturb, share):
+    """What one piece of the layer is rounded by, a scale, a block or a rotation, may be owed to another piece."""
+    values = np.random.default_rng(1).standard_normal((640, 6400))
+    disturb(values)
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(values)})
+    output = tmp_path / "output.safetensors"
+    recipe = EVERY_FORMAT.get(name) or Recipe(FormatChoice("int8", "block", block_size=int(name.split()[1]), rounding="rtn"))
+    streamquant.convert(source, output, recipe)
+    found = verify(source, output, sample=share)
+    assert found.sound, found.findings
+
+
+def test_an_outlier_that_a_sample_does_not_see_is_no_fault(tmp_path):
+    """It makes the scale so coarse that hardly any other weight is more than zero."""
+    values = np.random.default_rng(1).standard_normal((1024, 1024))
+    values[333, 333] = 500
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(values)})
+    output = tmp_path / "output.safetensors"
+    streamquant.convert(source, output, Recipe(FormatChoice("int8", "tensor", rounding="rtn")))
+    found = verify(source, output, sample=0.1)
+    assert found.layers[0].relative_error > 0.9 and found.sound, found.findings
+
+
 def test_weights_that_are_not_finite_in_the_source_are_left_out_of_the_judgement(tmp_path):
     values = np.random.default_rng(0).standard_normal((64, 64))
     values[3, 5], values[7, 7] = np.nan, np.inf
