@@ -24,6 +24,7 @@ from .misreadings import misreadings, same_scales, with_scales_of
 from .reordered import reordered
 
 FITS = 2.5  # times the error of rounding to nearest: a hypothesis as good as this is the cause
+FITS_EXACTLY = 1.15  # the same, of a hypothesis beside which there are many that are nearly as good
 FITS_AT_LEAST = 0.02  # so small an error fits any format here
 SAME = 0.95  # cosine, a factor for each scale allowed, from which two weights are the same
 FACTOR_TOLERANCE = 0.02
@@ -117,13 +118,13 @@ def codes_are_right(case: Case) -> bool:
     return not there.any() or float(1 - error[there].sum() / weight[there].sum()) ** 0.5 > SAME
 
 
-def _fits(case: Case, total: Difference, layout: Layout) -> bool:
-    """Whether a reading's error is what its format makes."""
+def _fits(case: Case, total: Difference, layout: Layout, times: float = FITS) -> bool:
+    """Whether a reading's error is what its format makes, or as many times that."""
     if total.nonfinite or not total.weight or total.relative_error >= 0.7:
         return False
     if total.relative_error <= FITS_AT_LEAST:
         return True
-    return total.relative_error <= FITS * max(case.nearest_errors(layout), default=0.0)
+    return total.relative_error <= times * max(case.nearest_errors(layout), default=0.0)
 
 
 def _nonfinite(case: Case, decoded: list[np.ndarray], references: list[np.ndarray]) -> str:
@@ -169,7 +170,7 @@ def _scales_of_another(case: Case, decoded: list[np.ndarray], references: list[n
                 return f"its scales are those of {printable(name)}"
             continue
         reading = with_scales_of(case.layout, other, case.read)
-        if reading and _fits(case, case.difference(*reading[1:]), case.layout):
+        if reading and _fits(case, case.difference(*reading[1:]), case.layout, FITS_EXACTLY):
             return f"its scales are those that {printable(name)} should have"
     return None
 

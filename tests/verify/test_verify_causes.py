@@ -145,6 +145,7 @@ FAULTS = [
     ("an infinity", FP8, put(1000, 0x7F), r"^1 of the 65,536 elements looked at decode to NaN or infinity.*first at \[3, 232\]"),
     ("two codes of a byte", BOOKS, flip(1003, 6), "was changed|were changed"),
     ("one absmax", BOOKS, scales(lambda s: np.where(np.arange(s.size) == 99, 4 * s, s)), "its scales are wrong: 1 of the 4"),
+    ("one absmax far off", BOOKS, scales(lambda s: np.where(np.arange(s.size) == 99, 300 * s, s)), "its scales are wrong: 1 of the 1,024"),
     ("rows of an older version", [*BYTES, *BOOKS, "nf4 nested"], replaced_rows(40, 48, 17), "part of it is damaged"),
     ("one row", [*BYTES, *BOOKS], replaced_rows(40, 41, 17), "part of it is damaged"),
     ("zeros at the end", BYTES, zeros_from(240), "hold nothing but zeros"),
