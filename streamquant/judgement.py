@@ -15,8 +15,9 @@ from streamquant.pairing import Pair, Pairing
 from streamquant.stored import Contents, Layout, Plain, Read, tiles
 from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
 from streamquant.stored.difference import Difference
-from streamquant.stored.expectation import Truth, nearest_error
+from streamquant.stored.expectation import nearest_error
 from streamquant.stored.four_bit import Blocks4bit
+from streamquant.stored.truth import Truth
 from streamquant.verdict import LayerCheck
 
 # Times the error of rounding to nearest, from which a layer is a suspect. Learned rounding raises the error of the weights
@@ -27,7 +28,9 @@ OUT_OF_LINE = 2.5
 FACTOR_TOLERANCE, FACTOR_BIAS, FACTOR_NOISE, FACTOR_SHARE = 0.002, 0.35, 3.0, 3.0
 AS_NEAREST = 1.02  # times the error of rounding to nearest: no scale is wrong, though few values may all be rounded one way
 SMALLEST_NORMAL = 2.0**-126  # weights below count as zeros: no scale reaches them
-ALWAYS_SUSPECT = 0.5  # a relative error that needs an explanation where there is nothing to compare it with
+# A relative error that needs an explanation where there is nothing to compare it with: one scale for heavy tails costs half of
+# a layer and more.
+ALWAYS_SUSPECT = 0.9
 DECODED_ERROR = 0.01  # of what was decoded back: one more rounding
 EXAMINED = 4  # ranges that are encoded afresh for comparison, beside the worst
 # Rounding to nearest puts no element far off its source, learned rounding puts some in nearly every span: few elements, or
@@ -80,7 +83,8 @@ class Judge:
         """The check of one pair of weights, with the cause of what is wrong."""
         difference, layer = found.difference, pair.layer
         faults = list(layer.faults) if layer else []
-        truth = Truth(pair.reference, self.read_source, difference.absmax if self.sample >= 1 else None)
+        absmax = difference.absmax if self.sample >= 1 else None
+        truth = Truth(pair.reference, self.read_source, absmax, difference.weight / max(difference.elements, 1))
         expected, measured = self._examine(pair, found, truth)
         if truth.absmax is None and is_suspect(difference, expected, measured):
             truth = truth.seen_whole()

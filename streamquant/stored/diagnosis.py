@@ -17,11 +17,12 @@ from streamquant.kernels import Steps
 from streamquant.kernels.sums import SPAN
 
 from .difference import Difference, compare, measure
-from .expectation import Truth, nearest_error
+from .expectation import nearest_error
 from .four_bit import Blocks4bit
 from .layouts import Layout, Read, ScaledCodes, rotate
 from .misreadings import misreadings, same_scales, with_scales_of
 from .reordered import reordered
+from .truth import Truth
 
 FITS = 2.5  # times the error of rounding to nearest: a hypothesis as good as this is the cause
 FITS_EXACTLY = 1.15  # the same, of a hypothesis beside which there are many that are nearly as good

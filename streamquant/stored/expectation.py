@@ -7,7 +7,6 @@ outliers and be perfectly sound.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,56 +16,12 @@ from streamquant.kernels import ErrorSums, select
 from streamquant.kernels.codebooks import INT8_MAX
 
 from .four_bit import Blocks4bit
-from .layouts import Layout, Read, ScaledCodes, largest_value, rotate, tiles
+from .layouts import Layout, ScaledCodes, largest_value, rotate
+from .truth import Truth
 
 SMALLEST_BLOCK = 1e-36  # from which down float32 has too few digits left to speak of an error
 NESTED_SLACK = 0.02  # of an absmax in 8 bits, beside what the codes make
 ROUNDING_SLACK = 1e-6  # of float32 arithmetic, where a format represents all weights exactly
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The weights that a layer was made from. absmax: the largest magnitude of all of them, None where not all were seen."""
-
-    layout: Layout
-    read: Read
-    absmax: float | None
-    _rotated: dict[int, float] = field(default_factory=dict)
-
-    def values(self, begin: int, end: int) -> np.ndarray:
-        """Elements [begin, end): float32, whole rows or a part of one."""
-        return self.layout.decode(self.read, begin, end).values
-
-    def seen_whole(self) -> Truth:
-        """The same, after a look at all of them."""
-        backend = _backend()
-        absmax = 0.0
-        for begin, end in tiles(self.layout.shape):
-            tile = backend.without_nonfinite(self.layout.tile(self.read, begin, end))
-            absmax = max(absmax, float(backend.absmax(tile, end - begin)[0]))
-        return replace(self, absmax=absmax)
-
-    def rotated_absmax(self, group: int) -> float:
-        """The largest magnitude after a rotation of groups, which spreads outliers: of every weight."""
-        if group not in self._rotated:
-            ranges = tiles(self.layout.shape)
-            self._rotated[group] = max(float(np.abs(rotate(self.values(*part), group)).max()) for part in ranges)
-        return self._rotated[group]
-
-    def block_absmax(self, scaled: ScaledCodes, first_row: int, end_row: int) -> np.ndarray:
-        """The largest magnitudes of whole blocks, also of what lies outside the rows: float32 [rows, columns / width]."""
-        columns, width, edge = scaled.columns, scaled.column_block, scaled.row_block
-        all_rows = math.prod(scaled.shape[:-1])
-        blocks = range(first_row // edge, (end_row - 1) // edge + 1)
-        found = np.zeros((len(blocks), columns // width), dtype=np.float32)
-        for absmax, block in zip(found, blocks, strict=True):
-            rows = min((block + 1) * edge, all_rows) - block * edge
-            for begin, end in tiles((rows, columns)):
-                values = self.values(block * edge * columns + begin, block * edge * columns + end)
-                values = rotate(values, scaled.rotation) if scaled.rotation else values
-                peaks = _backend().absmax(_load(values), width).reshape(-1, columns // width)
-                np.maximum(absmax, peaks.max(axis=0), out=absmax)
-        return found[np.arange(first_row, end_row) // edge - blocks.start]
 
 
 def nearest_error(layout: Layout, truth: Truth, begin: int, end: int) -> float | None:
@@ -81,15 +36,26 @@ def nearest_error(layout: Layout, truth: Truth, begin: int, end: int) -> float |
     if isinstance(layout, ScaledCodes):
         return _scaled_error(layout, truth, reference, begin)
     if isinstance(layout, Blocks4bit):
-        sums = ErrorSums()
-        largest = float(np.abs(reference).max(initial=0.0))
-        if 0 < largest < SMALLEST_BLOCK:
-            return 1.0
-        # Brought near 1, where squares neither vanish nor overflow; the error of a block does not depend on its size.
-        reference = np.ldexp(reference, -math.frexp(largest)[1])
-        _backend().bnb4(_load(reference), layout.block_size, layout.book_name, sums)
-        return _relative(sums) + (NESTED_SLACK if layout.nested else ROUNDING_SLACK)
+        return _book_error(layout, truth, reference)
     return 0.0 if layout.relative_error is None else layout.relative_error
+
+
+def _book_error(layout: Blocks4bit, truth: Truth, reference: np.ndarray) -> float:
+    sums = ErrorSums()
+    largest = float(np.abs(reference).max(initial=0.0))
+    if 0 < largest < SMALLEST_BLOCK:
+        return 1.0
+    # Brought near 1, where squares neither vanish nor overflow; the error of a block does not depend on its size.
+    exponent = math.frexp(largest)[1]
+    values = np.ldexp(reference, -exponent)
+    _backend().bnb4(_load(values), layout.block_size, layout.book_name, sums)
+    error = _relative(sums)
+    if layout.nested is None:
+        return error + ROUNDING_SLACK
+    # What 8 bits hold is how far an absmax lies from the mean of all: where weights are smaller than most, a share of that.
+    mean_square = float(np.square(values, dtype=np.float64).mean()) * 4.0**exponent
+    quiet = math.sqrt(truth.mean_square / mean_square) if mean_square else 1.0
+    return error + NESTED_SLACK * max(1.0, 2 * quiet - 1)
 
 
 def _scaled_error(layout: ScaledCodes, truth: Truth, reference: np.ndarray, begin: int) -> float | None:

@@ -15,6 +15,7 @@ from small_checkpoints import EVERY_FORMAT, floats, of_values, sample, save, sav
 import streamquant
 from streamquant import FormatChoice, Recipe, errors
 from streamquant.calibration import Calibration, LayerStatistics
+from streamquant.dequantize import dequantize
 from streamquant.verdict import Unwatched
 from streamquant.verify import verify
 
@@ -200,12 +201,16 @@ def _one_loud_row(values: np.ndarray) -> None:
     values[133] *= 40
 
 
+def _from_quiet_to_loud(values: np.ndarray) -> None:
+    values *= np.geomspace(0.01, 10, len(values))[:, None]
+
+
 def _one_loud_column(values: np.ndarray) -> None:
     values[:, 777] *= 100
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
-@pytest.mark.parametrize("disturb", [_one_outlier_in_each_block, _one_loud_row, _one_loud_column])
+@pytest.mark.parametrize("disturb", [_one_outlier_in_each_block, _one_loud_row, _from_quiet_to_loud, _one_loud_column])
 @pytest.mark.parametrize("name", [*(name for name in EVERY_FORMAT if "cast" not in name), "int8 64", "int8 320"])
 def test_outliers_of_a_layer_that_is_looked_at_in_many_pieces_are_no_fault(tmp_path, name, disturb, share):
     """What one piece of the layer is rounded by, a scale, a block or a rotation, may be owed to another piece."""
@@ -228,6 +233,16 @@ def test_an_outlier_that_a_sample_does_not_see_is_no_fault(tmp_path):
     streamquant.convert(source, output, Recipe(FormatChoice("int8", "tensor", rounding="rtn")))
     found = verify(source, output, sample=0.1)
     assert found.layers[0].relative_error > 0.9 and found.sound, found.findings
+
+
+def test_one_scale_for_an_outlier_may_cost_most_of_a_layer_that_is_decoded_again(tmp_path):
+    values = np.random.default_rng(1).standard_normal((512, 1024))
+    values[333, 333] = 400
+    source = save(tmp_path / "source.safetensors", {"a.weight": of_values(values)})
+    streamquant.convert(source, tmp_path / "int8.safetensors", Recipe(FormatChoice("int8", "tensor", rounding="rtn")))
+    dequantize(tmp_path / "int8.safetensors", tmp_path / "output.safetensors")
+    found = verify(source, tmp_path / "output.safetensors")
+    assert found.layers[0].relative_error > 0.7 and found.sound, found.findings
 
 
 def test_weights_that_are_not_finite_in_the_source_are_left_out_of_the_judgement(tmp_path):
