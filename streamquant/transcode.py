@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from streamquant import errors
 from streamquant.budget import TileSizes, anonymous_bytes, tile_sizes
 from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
-from streamquant.checkpoint.writer import write_small_file
+from streamquant.checkpoint.writer import write_file
 from streamquant.kernels import why_no_jit
 from streamquant.options import Observer, Options, Silent
 from streamquant.plan import Plan
@@ -77,7 +77,7 @@ def convert(
         try:
             pour.run()
             if plan.index_name:
-                write_small_file(destination.with_name(plan.index_name), plan.index_json(), session.names.run)
+                write_file(destination.with_name(plan.index_name), [plan.index_json()], session.names.run)
         except errors.NonFiniteError:
             session.discard()  # no resume could get past that weight with this recipe
             raise
