@@ -17,8 +17,6 @@ from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Re
 
 from .common import LISTED, path_line
 
-UNMEASURED = ("copy", "cast")  # formats that have no error
-
 
 def report_view(report: Report) -> list[Table | Text]:
     """The table at the end of a conversion."""
@@ -50,7 +48,7 @@ def report_view(report: Report) -> list[Table | Text]:
     pace = " since resuming" if report.resumed else f", {speed}/s"
     peak = report.peak_anonymous_bytes // MEBIBYTE
     lines = [Text(f"{report.seconds:.1f} s{pace}, peak {peak} MiB of anonymous memory", style="dim")]
-    unknown = sum(layer.relative_error is None and layer.format not in UNMEASURED for layer in report.layers)
+    unknown = sum(layer.relative_error is None and layer.format != "copy" for layer in report.layers)
     if unknown and not report.resumed:
         held = f"{unknown:,} layers hold" if unknown > 1 else "1 layer holds"
         lines.insert(0, Text(f"{held} NaN or infinity: not in the mean errors", style="yellow"))

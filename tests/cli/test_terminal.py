@@ -156,6 +156,16 @@ def test_layers_that_hold_nan_are_told_and_not_counted_as_exact(tmp_path, kind):
     assert "1 layer holds NaN or infinity" in shown(screen.out)
 
 
+def test_a_cast_of_nan_has_no_error_either(tmp_path):
+    tensors = {"blocks.0.linear.weight": floats(64, 64), "blocks.0.norm.weight": of_values([1.0, np.nan, 0.3], "F32")}
+    recipe = Recipe(FormatChoice("fp8"), cast="BF16", allow_nonfinite=True)
+    report = streamquant.convert(save(tmp_path / "source.safetensors", tensors), tmp_path / "output.safetensors", recipe)
+    assert {layer.key: layer.relative_error for layer in report.layers}["blocks.0.norm.weight"] is None
+    screen = Screen(out=terminal(100))
+    screen.show(report_view(report))
+    assert "1 layer holds NaN or infinity" in shown(screen.out)
+
+
 @pytest.mark.parametrize("width", [80, 100, None])
 def test_the_tables_of_convert_have_whole_numbers_at_any_width(tmp_path, width):
     regex = "img_in|txt_in|final_layer|single_blocks"
