@@ -126,6 +126,9 @@ class Narrator(Silent):
     def note(self, text: str) -> None:
         say(self._console, Text(printable_lines(text)))
 
+    def compiling(self) -> None:
+        self.note("The kernels are compiled for this processor now, as after every update: it takes some seconds, once.")
+
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self.meter.memory_budget = tiles.memory_budget
         self.meter.started(plan.source_bytes, done_bytes)

@@ -20,7 +20,7 @@ from streamquant.plan import Plan
 from streamquant.plan import plan as make_plan
 from streamquant.pour import Pour
 from streamquant.prefetch import Prefetcher
-from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
+from streamquant.preflight import check_destination, device_class, free_disk, is_compiled, resolve_device
 from streamquant.recipe import Recipe
 from streamquant.report import LayerResult, Report, layer_result
 from streamquant.rounding.hadamard import unrotated_layers
@@ -58,6 +58,8 @@ def convert(
         Prefetcher(_source_ranges(plan, reader)) as prefetcher,
     ):
         device = resolve_device(options.device)
+        if device == "cpu" and not why_no_jit() and not is_compiled():
+            observer.compiling()
         plan, knowledge = _learn(plan, reader, options)
         tiles = plan_tiles(plan, options, device, knowledge)
         for note in (*plan.notes, *knowledge.notes(), *reader.notes):

@@ -16,7 +16,7 @@ from rich.text import Text
 from small_checkpoints import floats, of_values, save
 
 import streamquant
-from streamquant import FormatChoice, Recipe
+from streamquant import FormatChoice, Recipe, transcode
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
 from streamquant.progress import observing
@@ -110,6 +110,17 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with observing(screen) as observer:
         assert type(observer.meter).__name__ == "Bar"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_run_of_all_says_what_it_waits_for(tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(transcode, "why_no_jit", lambda: None)
+    monkeypatch.setattr(transcode, "is_compiled", lambda: compiled)
+    source = save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)})
+    for screen in (Screen(err=terminal(200)), Screen(err=Console(file=io.StringIO()))):
+        with observing(screen) as observer:
+            streamquant.convert(source, tmp_path / "o.safetensors", observer=observer, options=Options(device="cpu", force=True))
+        assert ("kernels are compiled" in shown(screen.err)) is not compiled
 
 
 def test_paths_of_outputs_are_one_line(tmp_path):
