@@ -208,8 +208,8 @@ def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit], foreign: dict[s
     unknown = sum((unit.reason or "").startswith("already quantized") for unit in units)
     if unknown:
         return (
-            f"No layer of {where} would be converted: {unknown} are quantized already, in a way that is not known here; "
-            f"convert from the original checkpoint."
+            f"No layer of {where} would be converted: {_layers(unknown)} quantized already, in a way that is not known "
+            f"here; convert from the original checkpoint."
         )
     if not any(len(unit.shape) == 2 for unit in units):
         return f"No layer of {where} would be converted: it holds no 2-D *.weight tensor."
