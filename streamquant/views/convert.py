@@ -15,21 +15,23 @@ from streamquant.checkpoint.header import printable, printable_lines
 from streamquant.plan import Plan, Unit
 from streamquant.report import NEAREST, SEARCHED, FormatSummary, LayerResult, Report
 
-from .common import LISTED, path_line
+from .common import path_line, sentences, table
+
+SUMS = ("layers", "in", "out")
 
 
 def report_view(report: Report) -> list[Table | Text]:
     """The table at the end of a conversion."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("format", no_wrap=True)
+    formats = Table(box=None, header_style="bold", pad_edge=False)
+    formats.add_column("format", no_wrap=True)
     # With learned rounding there are two errors, and 80 columns have no room for the ratio.
     learned = any(layer.output_error_before is not None for layer in report.layers)
     headings = ["weight error", "output error"] if learned else ["ratio", "mean relative error"]
-    for heading in ["layers", "in", "out", *headings]:
-        table.add_column(heading, justify="right", no_wrap=heading not in ("weight error", "mean relative error"))
+    for heading in (*SUMS, *headings):
+        formats.add_column(heading, justify="right", no_wrap=heading not in ("weight error", "mean relative error"))
     for summary in report.by_format():
         error = summary.mean_relative_error
-        table.add_row(
+        formats.add_row(
             summary.format,
             f"{summary.layers:,}",
             decimal(summary.source_bytes),
@@ -38,8 +40,8 @@ def report_view(report: Report) -> list[Table | Text]:
             "" if error is None else f"{error:.4f}",
             *([before_and_after(summary)] if learned else []),
         )
-    table.add_section()
-    table.add_row(
+    formats.add_section()
+    formats.add_row(
         "file", f"{len(report.layers):,}", decimal(report.source_bytes), decimal(report.output_bytes),
         "" if learned else _ratio(report.output_bytes, report.source_bytes), "", style="bold",
     )  # fmt: skip
@@ -55,7 +57,7 @@ def report_view(report: Report) -> list[Table | Text]:
     if learned:
         lines.insert(0, Text("output error: estimated, rounded to nearest → as written", style="dim"))
     lines += [path_line(path) for path in _few(report.outputs)]
-    return [table, *lines]
+    return [formats, *lines]
 
 
 def before_and_after(result: LayerResult | FormatSummary) -> str:
@@ -85,22 +87,15 @@ def _ratio(output: int, source: int) -> str:
 
 def plan_view(plan: Plan, tiles: TileSizes, free: int, destination: Path) -> list[Table | Text]:
     """What a dry run shows: per rule and format how much, every fallback, sizes, disk, memory."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("rule", overflow="fold")
-    table.add_column("becomes", no_wrap=True)
-    for heading in ("layers", "in", "out"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rules = table("rule", "becomes", *SUMS, right=SUMS, whole=("becomes",))
     for (rule, becomes), units in _by_rule(plan).items():
         read = sum(unit.source_bytes for unit in units)
         written = sum(plan.output_bytes(unit) for unit in units)
-        table.add_row(Text(printable(rule, 300)), becomes, f"{len(units):,}", decimal(read), decimal(written))
-    parts: list[Table | Text] = [*(Text(printable_lines(note)) for note in plan.notes), table]
-    fallbacks = fallback_units(plan)
-    if fallbacks:
-        parts.append(Text(f"\nNot as asked for ({len(fallbacks):,}):", style="bold"))
-        parts += [Text(f"  {printable(unit.key)}: {printable(str(unit.reason), 300)}") for unit in fallbacks[:LISTED]]
-        if len(fallbacks) > LISTED:
-            parts.append(Text(f"  and {len(fallbacks) - LISTED:,} more (--json lists all)"))
+        rules.add_row(Text(printable(rule, 300)), becomes, f"{len(units):,}", decimal(read), decimal(written))
+    parts: list[Table | Text] = [*(Text(printable_lines(note)) for note in plan.notes), rules]
+    if fallbacks := fallback_units(plan):
+        lines = [f"{printable(unit.key)}: {printable(str(unit.reason), 300)}" for unit in fallbacks]
+        parts += sentences(f"Not as asked for ({len(fallbacks):,}):", lines)
     if plan.removed:
         parts.append(Text(f"\nLeft out: {len(plan.removed)} tensors ({', '.join(map(printable, list(plan.removed)[:3]))} …)"))
     size = plan.checkpoint.size
