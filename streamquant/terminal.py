@@ -120,14 +120,14 @@ class Rows:
     def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
         """(line, style): padded columns, two spaces between them. width: of the terminal."""
         widths = self._widths
-        pads = ["rjust" if heading in self.right else "ljust" for heading in self.headings]
+        right = [heading in self.right for heading in self.headings]
         is_stacked = width is not None and not self._fits(width)
         if is_stacked and self.breaks and (broken := self._broken())._fits(width):
             yield from broken.lines(width)
             return
         for number, row in enumerate((self.headings, *self.rows), start=-1):
             style = "bold" if number < 0 else "red" if number in self.bad else ""
-            cells = [getattr(cell, pad)(room) for cell, pad, room in zip(row, pads, widths, strict=True)]
+            cells = list(map(_padded, row, widths, right))
             if is_stacked:
                 yield cells[0].rstrip(), style
                 cells[0] = ""
@@ -135,7 +135,7 @@ class Rows:
 
     @property
     def _widths(self) -> list[int]:
-        return [max(map(len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+        return [max(map(cell_len, column)) for column in zip(self.headings, *self.rows, strict=True)]
 
     def _fits(self, width: int) -> bool:
         return sum(self._widths) + 2 * (len(self.headings) - 1) <= width
@@ -147,6 +147,11 @@ class Rows:
             first, *others = re.split("(?<=,) ", name)
             found += [[first, *cells], *([f"  {part}", *[""] * len(cells)] for part in others)]
         return Rows(self.headings, self.right, found)
+
+
+def _padded(cell: str, width: int, is_right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if is_right else cell + space
 
 
 Part = Text | Table | Tree | Rows  # of a view

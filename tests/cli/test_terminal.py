@@ -21,7 +21,7 @@ from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
 from streamquant.progress import observing
 from streamquant.report import LayerResult, Report
-from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
+from streamquant.terminal import LONGEST_LABEL, MARGIN, Rows, progress_bar, say, wrapped
 from streamquant.transcode import Options, dry_run
 from streamquant.views.common import path_line
 from streamquant.views.convert import plan_view, report_view
@@ -100,6 +100,11 @@ def test_a_bar_is_one_line_of_whole_numbers(width, total):
     assert f"33% {done}" in lines[-1], lines
     if width >= 80:
         assert "152/1024 MiB RAM" in lines[-1] and "model.diff" in lines[-1], lines
+
+
+def test_columns_stand_under_each_other_whatever_letters_are_in_a_name():
+    found = Rows(("layer", "size"), ("size",), [["块.0", "12 kB"], ["block.10", "3 kB"]])
+    assert {cell_len(line) for line, _ in found.lines()} == {len("block.10  12 kB")}
 
 
 def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
