@@ -203,7 +203,7 @@ def test_journals_are_found_newest_first_and_no_other_file_is(tmp_path):
 # -- positioned reads and writes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=200)), max_size=8), st.integers(1, 50), st.booleans())
 def test_short_transfers_are_continued(tmp_path_factory, writes, at_most, positioned):
     """A call may transfer less than asked, and some systems have only lseek."""

@@ -67,7 +67,7 @@ def test_what_others_write_decodes_as_they_decode_it(tmp_path, name, shape):
     np.testing.assert_allclose(ours, stored.decoded.numpy(), rtol=0, atol=tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 90), st.sampled_from([32, 64, 128]), st.booleans(), st.sampled_from(["nf4", "fp4"]))
 def test_4bit_blocks_run_across_rows_of_any_length(tmp_path_factory, rows, columns, block_size, nested, book):
     stored = bnb4(weight(rows, columns), book, block_size, nested)
@@ -77,7 +77,7 @@ def test_4bit_blocks_run_across_rows_of_any_length(tmp_path_factory, rows, colum
 
 
 @pytest.mark.parametrize("layout", [nvfp4, mxfp8])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rows=st.integers(1, 300), groups=st.integers(1, 12), data=st.data())
 def test_tiled_scales_are_cut_to_the_weight_s_own_shape(tmp_path_factory, layout, rows, groups, data):
     stored = layout(weight(rows, 16 * groups - 3))
