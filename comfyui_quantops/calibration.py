@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +65,10 @@ class Recorder:
             self.collector.paused = True
 
 
-def add_to_file(path: Path, found: Calibration) -> Calibration:
+def add_to_file(path: Path, found: Calibration) -> None:
     """Save `found`, together with what the file holds already."""
-    if path.exists():
-        merged = load(path).merged(found)
-        # What only the old file has is still mapped from it, which some systems do not let one replace.
-        layers = {
-            name: replace(layer, **{part: np.array(values) for part, values in vars(layer).items() if _is_array(values)})
-            for name, layer in merged.layers.items()
-        }
-        merged.confirm()
-        found = Calibration(layers, merged.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return found
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
+    (load(path).merged(found) if path.exists() else found).save(path)
 
 
 def calibrate_itself(model: Any, trajectories: int, steps: int, size: int, tokens: int, seed: int, rank: int) -> Calibration:

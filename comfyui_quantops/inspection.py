@@ -13,21 +13,23 @@ def inspect(path: str | Path) -> str:
     contents = read_contents(path)
     checkpoint = contents.checkpoint
     sizes: dict[str, list[int]] = {}
-    if contents.plain:
-        sizes["not quantized"] = [sum(tensor.info.nbytes for tensor in contents.plain.values())]
     for layer in contents.layers.values():
         sizes.setdefault(_described(layer), []).append(layer.nbytes)
+    totals = [(sum(members), f"{kind} ({_layers(len(members))})") for kind, members in sizes.items()]
+    if contents.plain:
+        totals.append((sum(tensor.info.nbytes for tensor in contents.plain.values()), "not quantized"))
     lines = [printable(Path(path).name), f"{len(checkpoint.tensors):,} tensors, {checkpoint.size:,} bytes", ""]
-    for kind, members in sorted(sizes.items(), key=lambda item: -sum(item[1])):
-        lines.append(f"{sum(members):>18,} bytes  {kind}" + (f" ({len(members):,} layers)" if kind != "not quantized" else ""))
+    lines += [f"{nbytes:>18,} bytes  {what}" for nbytes, what in sorted(totals, reverse=True)]
     if "streamquant" in checkpoint.metadata:
         lines += ["", "Converted by streamquant."]
-    named = {printable(layer.name): layer for layer in contents.layers.values()}
-    width = max(map(len, named), default=0)
-    rows = []
-    for name, layer in sorted(named.items()):
-        rows.append(f"{name:<{width}}  {' x '.join(map(str, layer.shape))}  {_described(layer)}")
-    return "\n".join([*lines, "", *rows])
+    layers = contents.layers.values()
+    rows = sorted((printable(layer.name), f"{' x '.join(map(str, layer.shape))}  {_described(layer)}") for layer in layers)
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([*lines, "", *(f"{name:<{width}}  {what}" for name, what in rows)])
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count:,} layers"
 
 
 def _described(layer: StoredLayer) -> str:

@@ -39,7 +39,6 @@ FEW_ELEMENTS, FEW_SPANS = 2000, 50  # one of so many
 LOOSE_SHARE = 4  # times the far elements are there to be just beyond a half step, from which rounding was learned
 LEARNED = 0.7  # a relative error that a layer may have which is, to the bit, what learned rounding wrote
 
-
 T = TypeVar("T")
 
 

@@ -47,6 +47,9 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """A sentence a person should read."""
 
+    def compiling(self) -> None:
+        """Kernels will be compiled, once on a machine, before the first tile is done: for seconds nothing moves."""
+
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         """Work begins; `done_bytes` of the source were done by an earlier run."""
 
@@ -61,6 +64,8 @@ class Silent:
     """An observer that looks away."""
 
     def note(self, text: str) -> None: ...
+
+    def compiling(self) -> None: ...
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None: ...
 

@@ -208,8 +208,8 @@ def _nothing_sentence(checkpoint: Checkpoint, units: list[Unit], foreign: dict[s
     unknown = sum((unit.reason or "").startswith("already quantized") for unit in units)
     if unknown:
         return (
-            f"No layer of {where} would be converted: {unknown} are quantized already, in a way that is not known here; "
-            f"convert from the original checkpoint."
+            f"No layer of {where} would be converted: {_layers(unknown)} quantized already, in a way that is not known "
+            f"here; convert from the original checkpoint."
         )
     if not any(len(unit.shape) == 2 for unit in units):
         return f"No layer of {where} would be converted: it holds no 2-D *.weight tensor."
@@ -294,14 +294,17 @@ def _notes(units: list[Unit], removed: dict[str, str], foreign: dict[str, str], 
     for reason, count in Counter(reason.partition(" (")[0] for reason in removed.values()).items():
         yield f"{_tensors(count)} left out by {reason}."
     if decoded := Counter(unit.decoded.format for unit in units if unit.decoded):
-        found = ", ".join(f"{f'{count:,} ' * (len(decoded) > 1)}{printable(name)}" for name, count in decoded.items())
+        if len(decoded) > 1:
+            found = ", ".join(f"{count:,} {printable(name)}" for name, count in decoded.items())
+        else:
+            (found,) = map(printable, decoded)
         yield (
             f"The source is quantized: {_layers(decoded.total())} decoded on the way ({found}). Errors are against the decoded "
             f"weights; convert from the original checkpoint if you have it, which loses less."
         )
     if already := sum(_was_quantized(unit) for unit in units):
         yield f"{_layers(already)} quantized already and copied with their scales."
-    for tool, count in Counter(foreign.values()).items():
+    for tool, count in Counter({layer_of(name): tool for name, tool in foreign.items()}.values()).items():
         yield f"{_layers(count)} of {tool}, which cannot be decoded here, and copied as they are."
 
 

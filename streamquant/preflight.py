@@ -43,6 +43,13 @@ def resolve_device(device: str) -> str:
     return f"cuda:{number}"
 
 
+def is_compiled() -> bool:
+    """Whether numba has kept any kernel from an earlier run, for these very sources; numba is here."""
+    from streamquant.kernels.jit import absmax
+
+    return any(Path(absmax.group_absmax.stats.cache_path).glob("*.nbi"))
+
+
 def device_class(device: str) -> str:
     """What two devices must share to give equal bytes: "cpu", or CUDA with its compute capability."""
     if device == "cpu":

@@ -13,6 +13,7 @@ from streamquant.plan import Plan, Unit
 
 # Of a layer whose inputs nothing is known of: with the scales that absmax gives, or with searched ones.
 NEAREST, SEARCHED = "nearest", "searched scales"
+NOT_QUANTIZED = ("copy", "cast")  # formats
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Report:
             summaries[name].output_error_before, summaries[name].output_error_after = before, after
         for name, values in errors.items():
             summaries[name].mean_relative_error = math.fsum(values) / len(values)
-        return sorted(summaries.values(), key=lambda summary: summary.format in ("copy", "cast"))
+        return sorted(summaries.values(), key=lambda summary: summary.format in NOT_QUANTIZED)
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 from rich.text import Text
+from rich.tree import Tree
 
 MARGIN = 3  # columns right of a bar: a terminal echoes Ctrl-C as ^C there, which in a full row would begin another one
 ROOMY, NARROW = 100, 72  # columns: from here on a bar is long; below this it says less
@@ -20,6 +21,7 @@ ROOMY, NARROW = 100, 72  # columns: from here on a bar is long; below this it sa
 _LABEL = re.compile(r" *\S+(?: \S+)?  +(?=\S)")
 LONGEST_LABEL = 12
 WIDEST = 10_000  # columns
+HARD_SPACE = "\u00a0"
 FOLDED = 16  # columns in which a long name may be folded
 
 
@@ -56,13 +58,6 @@ def say(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)
 
 
-class OneLine(Progress):
-    """A progress bar that never takes two lines, which could not be erased reliably."""
-
-    def get_renderable(self) -> ConsoleRenderable:
-        return _WithMargin(super().get_renderable())
-
-
 def show_table(console: Console, table: Table) -> None:
     """Print a table: as wide as a terminal if it can be made so narrow, elsewhere as wide as it needs to be, so that a name can
     be searched for.
@@ -88,6 +83,103 @@ def _needs(console: Console, column: Column, cell: RenderableType) -> int:
         return measured.maximum
     may_be_cut = column.overflow == "fold" and isinstance(cell, str | Text)  # a long name, a regular expression
     return min(measured.minimum, FOLDED) if may_be_cut else measured.minimum
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A cell of words that may take several lines; what belongs together ("128 x 128", "rotated by 256") stays together."""
+
+    text: str
+
+    @property
+    def _bound(self) -> Text:
+        together = re.compile(r"(rotated )?by (?=\d)|(?<=\d) x (?=\d)")
+        return Text(together.sub(lambda match: match[0].replace(" ", HARD_SPACE), self.text))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._bound.plain.split(" "))), len(self.text))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in wrapped(self._bound, options.max_width).plain.replace(HARD_SPACE, " ").split("\n"):
+            yield Text(line, no_wrap=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table that may be long and has a long name in its first column: every row is one line, as wide as it needs to be; on
+    a terminal that is too narrow for it the name has a line of its own. bad: numbers of the rows that are to stand out.
+    breaks: names may take several lines, broken after commas, where that makes the table fit.
+    """
+
+    headings: tuple[str, ...]
+    right: tuple[str, ...]
+    rows: list[list[str]]
+    bad: set[int] | frozenset[int] = frozenset()
+    breaks: bool = False
+
+    def lines(self, width: int | None = None) -> Iterator[tuple[str, str]]:
+        """(line, style): padded columns, two spaces between them. width: of the terminal."""
+        widths = self._widths
+        right = [heading in self.right for heading in self.headings]
+        is_stacked = width is not None and not self._fits(width)
+        if is_stacked and self.breaks and (broken := self._broken())._fits(width):
+            yield from broken.lines(width)
+            return
+        for number, row in enumerate((self.headings, *self.rows), start=-1):
+            style = "bold" if number < 0 else "red" if number in self.bad else ""
+            cells = list(map(_padded, row, widths, right))
+            if is_stacked:
+                yield cells[0].rstrip(), style
+                cells[0] = ""
+            yield "  ".join(cells).rstrip(), style
+
+    @property
+    def _widths(self) -> list[int]:
+        return [max(map(cell_len, column)) for column in zip(self.headings, *self.rows, strict=True)]
+
+    def _fits(self, width: int) -> bool:
+        return sum(self._widths) + 2 * (len(self.headings) - 1) <= width
+
+    def _broken(self) -> Rows:
+        """With a line for each part of a name."""
+        found = []
+        for name, *cells in self.rows:
+            first, *others = re.split("(?<=,) ", name)
+            found += [[first, *cells], *([f"  {part}", *[""] * len(cells)] for part in others)]
+        return Rows(self.headings, self.right, found)
+
+
+def _padded(cell: str, width: int, is_right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if is_right else cell + space
+
+
+Part = Text | Table | Tree | Rows  # of a view
+
+
+def show(console: Console, part: Part) -> None:
+    """Print a part of a view. On a terminal tables fit its width and sentences break between words, but a line that is to be
+    copied is never cut; elsewhere all is as wide as it needs to be, so that a name can be searched for.
+    """
+    if isinstance(part, Text):
+        say(console, part)
+    elif isinstance(part, Table):
+        show_table(console, part)
+    elif isinstance(part, Tree):
+        console.print(part, soft_wrap=not console.is_terminal)
+    else:
+        for line, style in part.lines(console.width if console.is_terminal else None):
+            if style and console.is_terminal:
+                console.print(Text(line, style=style), soft_wrap=True)
+            else:
+                console.file.write(f"{line}\n")
+
+
+class OneLine(Progress):
+    """A progress bar that never takes two lines, which could not be erased reliably."""
+
+    def get_renderable(self) -> ConsoleRenderable:
+        return _WithMargin(super().get_renderable())
 
 
 @dataclass(frozen=True)

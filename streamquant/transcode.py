@@ -13,14 +13,14 @@ from threadpoolctl import threadpool_limits
 from streamquant import errors
 from streamquant.budget import TileSizes, anonymous_bytes, tile_sizes
 from streamquant.checkpoint.reader import Checkpoint, TileReader, open_checkpoint
-from streamquant.checkpoint.writer import write_small_file
+from streamquant.checkpoint.writer import write_file
 from streamquant.kernels import why_no_jit
 from streamquant.options import Observer, Options, Silent
 from streamquant.plan import Plan
 from streamquant.plan import plan as make_plan
 from streamquant.pour import Pour
 from streamquant.prefetch import Prefetcher
-from streamquant.preflight import check_destination, device_class, free_disk, resolve_device
+from streamquant.preflight import check_destination, device_class, free_disk, is_compiled, resolve_device
 from streamquant.recipe import Recipe
 from streamquant.report import LayerResult, Report, layer_result
 from streamquant.rounding.hadamard import unrotated_layers
@@ -58,6 +58,8 @@ def convert(
         Prefetcher(_source_ranges(plan, reader)) as prefetcher,
     ):
         device = resolve_device(options.device)
+        if device == "cpu" and not why_no_jit() and not is_compiled():
+            observer.compiling()
         plan, knowledge = _learn(plan, reader, options)
         tiles = plan_tiles(plan, options, device, knowledge)
         for note in (*plan.notes, *knowledge.notes(), *reader.notes):
@@ -77,7 +79,7 @@ def convert(
         try:
             pour.run()
             if plan.index_name:
-                write_small_file(destination.with_name(plan.index_name), plan.index_json(), session.names.run)
+                write_file(destination.with_name(plan.index_name), [plan.index_json()], session.names.run)
         except errors.NonFiniteError:
             session.discard()  # no resume could get past that weight with this recipe
             raise

@@ -12,7 +12,7 @@ from streamquant.kernels import JitBackend, TorchBackend
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 JIT, TORCH = JitBackend(), TorchBackend()
 
-QUICK = settings(max_examples=150, deadline=None)
+QUICK = settings(max_examples=150)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytearray:

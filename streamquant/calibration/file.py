@@ -26,10 +26,9 @@ without ".weight", finds "blocks.0.attn.qkv", and the other way round.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +36,13 @@ import numpy as np
 
 from streamquant.checkpoint.header import build_header, layout, printable
 from streamquant.checkpoint.reader import TileReader, open_file
-from streamquant.errors import CalibrationError, CheckpointError, DestinationWriteError, SourceReadError
+from streamquant.checkpoint.writer import write_file
+from streamquant.errors import CalibrationError, CheckpointError, SourceReadError
 
 from .statistics import LayerStatistics
 
 FORMAT, VERSION = "streamquant-calibration", "1"
+ADVICE = "mend the cause and try again"
 # What loaders, wrappers and compilers put before a layer's name; more than one may be there.
 PREFIXES = ("model.", "diffusion_model.", "transformer.", "unet.", "net.", "module.", "_orig_mod.", "base_model.")
 _DTYPES = {"count": "I64", "mean": "F32", "diagonal": "F32", "sketch": "F32", "hessian": "F32"}
@@ -105,26 +106,15 @@ class Calibration:
         tags = {np.dtype(np.int64): "I64", np.dtype(np.float32): "F32"}
         placed = layout((name, tags[values.dtype], values.shape) for name, values in tensors.items())
         metadata = {"format": FORMAT, "version": VERSION, "kind": self.kind, "seed": str(self.seed), "keys": "module"}
-        target = Path(path)
-        try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                try:
-                    file.write(build_header(placed, metadata))
-                    for info in placed:
-                        file.write(tensors[info.name].tobytes())
-                    self.confirm()
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.chmod(file.name, 0o644)
-                    os.replace(file.name, target)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.unlink(file.name)
-                    raise
-        except OSError as error:
-            raise DestinationWriteError(
-                f"{target}: cannot be written ({error.strerror}); check its folder and disk."
-            ) from error
+
+        def parts() -> Iterator[bytes]:
+            yield build_header(placed, metadata)
+            for info in placed:
+                # A copy: given to the system from a mapping, a page that cannot be read would seem a fault in writing.
+                yield tensors[info.name].tobytes()
+            self.confirm()
+
+        write_file(Path(path), parts(), secrets.token_hex(4), ADVICE)
 
     def merged(self, other: Calibration) -> Calibration:
         """Both together: layers of one only are taken as they are, others joined, weighted by count.

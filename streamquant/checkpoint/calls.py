@@ -14,8 +14,6 @@ from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.positioned import close_read
 
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}  # what a filesystem says that cannot do it
-
-
 RESUME = "what was written is kept, mend the cause and go on with --resume"
 
 

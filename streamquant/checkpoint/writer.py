@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,14 +170,20 @@ def _appeared(source: Path, target: Path) -> errors.OutputExistsError:
     )
 
 
-def write_small_file(path: Path, data: bytes, run: str, advice: str = RESUME) -> None:
-    """A small file, complete or not there: written beside its name, synced, renamed. advice: as of a `PartialFile`."""
+def write_file(path: Path, parts: Iterable[bytes], run: str, advice: str = RESUME) -> None:
+    """A file written from its beginning, complete or not there: beside its name, synced, renamed, the name durable.
+
+    parts: its bytes in order; what they raise is raised, and the file is as it was. advice: as of a `PartialFile`.
+    """
     partial = path.with_name(f".{path.name}.{run}.partial")
     with writing(path, advice):
         descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         try:
             try:
-                write_at(descriptor, memoryview(data), 0)
+                offset = 0
+                for part in parts:
+                    write_at(descriptor, memoryview(part), offset)
+                    offset += len(part)
                 os.fsync(descriptor)
             except BaseException:
                 close_read(descriptor)

@@ -43,10 +43,12 @@ def merge(files: tuple[str, ...], output: str, force: bool, as_json: bool) -> No
         if as_json:
             screen.line("merged", output=str(target), layers=len(merged.layers), kind=merged.kind, most_inputs=inputs)
         else:
-            screen.out.print(
-                f"{printable(output, 4096)}: {len(merged.layers)} layers, {merged.kind}, up to {inputs:,} inputs each.",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+            from rich.text import Text
+
+            from streamquant.views.common import count, path_of
+
+            what = f"{count(len(merged.layers), 'layer')}, {merged.kind}, up to {inputs:,} inputs each"
+            screen.show([Text(f"{path_of(target)}: {what}.", no_wrap=True)])
 
 
 @calibration.command()

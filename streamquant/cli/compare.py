@@ -23,11 +23,12 @@ def compare(a: str, b: str, **given: Any) -> None:
     """
     with reporting(given["as_json"], given["quiet"]) as screen:
         from streamquant.compare import compare as look
-        from streamquant.views import comparison_view, show, watching
+        from streamquant.progress import watching
+        from streamquant.views.compare import comparison_view
 
         with watching(screen) as watcher:
             found = look(a, b, given["source"], options=options_from(given), watcher=watcher, stop=stop_on_signals())
         if given["as_json"]:
             screen.line("comparison", **found.as_json())
         elif not given["quiet"]:
-            show(screen, comparison_view(found, given["layers"]))
+            screen.show(comparison_view(found, given["layers"]))

@@ -184,21 +184,33 @@ def _convert(given: dict[str, Any], screen: Any) -> None:
         shard_size=given["shard_size"],
     )
     if given["dry_run"]:
-        screen.show_plan(*dry_run(source, output, recipe, options), output)
+        from streamquant.views.convert import plan_as_json, plan_view
+
+        plan = *dry_run(source, output, recipe, options), output
+        if screen.as_json:
+            screen.line("plan", **plan_as_json(*plan))
+        elif not screen.quiet:
+            screen.show(plan_view(*plan))
         return
     if given["report"]:
         from streamquant.pages import prepare_page
 
         prepare_page(given["report"])  # a missing library or a folder that cannot be written is told now, not after hours
-    with screen.watching() as observer:
+    from streamquant.progress import observing
+    from streamquant.views.common import report_line
+    from streamquant.views.convert import report_view
+
+    with observing(screen) as observer:
         report = convert(source, output, recipe, options=options, observer=observer, stop=stop_on_signals())
-    screen.show_report(report)
+    if screen.as_json:
+        screen.line("done", **report.as_json())
+    elif not screen.quiet:
+        screen.show(report_view(report))
     if given["report"]:
         from streamquant.pages import write_conversion_page
-        from streamquant.views import report_line
 
         page = write_conversion_page(given["report"], source, report)
-        if not (given["as_json"] or given["quiet"]):
+        if not (screen.as_json or screen.quiet):
             screen.show([report_line(page)])
 
 

@@ -31,7 +31,8 @@ def dequantize(source: str, output: str | None, **given: Any) -> None:
     """
     with reporting(given["as_json"], given["quiet"]) as screen:
         from streamquant.dequantize import dequantize as run
-        from streamquant.views import dequantized_view, show, watching
+        from streamquant.progress import watching
+        from streamquant.views.dequantize import dequantized_view
 
         destination = _destination(Path(source), output, given["dtype"])
         with watching(screen) as watcher:
@@ -42,7 +43,7 @@ def dequantize(source: str, output: str | None, **given: Any) -> None:
         if given["as_json"]:
             screen.line("done", **(asdict(report) | {"source": str(report.source), "output": str(report.output)}))
         elif not given["quiet"]:
-            show(screen, dequantized_view(report))
+            screen.show(dequantized_view(report))
 
 
 def _destination(source: Path, output: str | None, dtype: str | None) -> Path:

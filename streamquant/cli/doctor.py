@@ -16,13 +16,13 @@ def doctor(as_json: bool) -> None:
     """Show versions, devices, what is fast here and what is missing. Exit code 1 when something needed is missing."""
     with reporting(as_json) as screen:
         from streamquant.doctor import examine, sound
-        from streamquant.views import doctor_view, show
+        from streamquant.views.doctor import doctor_view
 
         checks = examine()
         if as_json:
             for check in checks:
                 screen.line("check", **asdict(check))
         else:
-            show(screen, doctor_view(checks))
+            screen.show(doctor_view(checks))
         if not sound(checks):
             sys.exit(1)

@@ -23,7 +23,7 @@ def inspect(files: tuple[str, ...], layers: bool, tree: bool, as_json: bool) -> 
 
         from streamquant.inspect import inspect as look
         from streamquant.stored.gguf import GgufSummary
-        from streamquant.views import gguf_view, inspection_view, layers_view, show, tree_view
+        from streamquant.views.inspect import gguf_view, inspection_view, layers_view, tree_view
 
         for number, file in enumerate(files):
             found = look(file)
@@ -31,7 +31,7 @@ def inspect(files: tuple[str, ...], layers: bool, tree: bool, as_json: bool) -> 
                 if as_json:
                     screen.line("gguf", **(asdict(found) | {"path": str(found.path)}))
                 else:
-                    show(screen, gguf_view(found))
+                    screen.show(gguf_view(found))
                 continue
             if as_json:
                 screen.line("inspection", **found.as_json())
@@ -39,8 +39,8 @@ def inspect(files: tuple[str, ...], layers: bool, tree: bool, as_json: bool) -> 
             if number:
                 screen.out.print()
             if tree:
-                show(screen, [tree_view(found)])
+                screen.show([tree_view(found)])
             elif layers:
-                show(screen, [layers_view(found)])
+                screen.show([layers_view(found)])
             else:
-                show(screen, inspection_view(found))
+                screen.show(inspection_view(found))

@@ -47,8 +47,10 @@ def verify(source: str, output: str, **given: Any) -> None:
     with reporting(given["as_json"], given["quiet"]) as screen:
         from rich.text import Text
 
+        from streamquant.progress import watching
         from streamquant.verify import verify as check
-        from streamquant.views import checked_layers_view, report_line, show, verdict_view, watching
+        from streamquant.views.common import report_line
+        from streamquant.views.verify import checked_layers_view, verdict_view
 
         if given["report"]:
             from streamquant.pages import prepare_page
@@ -62,9 +64,9 @@ def verify(source: str, output: str, **given: Any) -> None:
         if given["as_json"]:
             screen.line("verdict", **(found.as_json() | {"report": page and str(page)}))
         elif not given["quiet"]:
-            show(screen, ([checked_layers_view(found), Text("")] if given["layers"] else []) + verdict_view(found))
+            screen.show(([checked_layers_view(found), Text("")] if given["layers"] else []) + verdict_view(found))
             if page is not None:
-                show(screen, [report_line(page)])
+                screen.show([report_line(page)])
         if not found.sound:
             sys.exit(UnsoundOutputError.exit_code)
 

@@ -68,6 +68,7 @@ class CastEncoder(Encoder):
         encoded = Encoded([cast])
         if not np.isfinite(to_float32(cast.view(np.uint8), self.target)).all():
             encoded.finite = False
+            encoded.sums.add(np.nan, 0.0)  # nobody knows the error of what has no size: it is no 0
             return encoded
         error = to_float32(cast.view(np.uint8), self.target) - values
         # In float64, for float32 holds no square of a weight above 2e19 or below 1e-23; einsum widens as it goes along.

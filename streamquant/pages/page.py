@@ -22,7 +22,7 @@ from streamquant import __version__
 from streamquant.checkpoint.calls import writing
 from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import open_checkpoint
-from streamquant.checkpoint.writer import write_small_file
+from streamquant.checkpoint.writer import write_file
 from streamquant.report import Report
 from streamquant.stored.markers import provenance
 from streamquant.verdict import Verdict
@@ -122,7 +122,7 @@ def _write(
     with writing(folder, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    write_small_file(path, _document(output.name, parts).encode(), secrets.token_hex(4), ADVICE)
+    write_file(path, [_document(output.name, parts).encode()], secrets.token_hex(4), ADVICE)
     return path
 
 

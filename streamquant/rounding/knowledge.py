@@ -129,9 +129,10 @@ class LayerKnowledge:
         if unknown := [unit for unit in wanted if not self.refines(unit)]:
             searched = sum(self.origin(unit) == SEARCHED for unit in unknown)
             some = f"{searched} of them " if searched < len(unknown) else ""
+            scales = f", {some}with searched scales" if searched else ""
             yield (
-                f"Nothing is known of the inputs of {_layers(len(unknown))}: rounded to nearest"
-                f"{f', {some}with searched scales' if searched else ''}. --calibration FILE lowers the error of their outputs."
+                f"Nothing is known of the inputs of {_layers(len(unknown))}: rounded to nearest{scales}. --calibration FILE "
+                f"lowers the error of their outputs."
             )
 
     def _rotation_note(self) -> Iterator[str]:

@@ -24,7 +24,7 @@ class Weights(Protocol):
         """Whether there is a tensor of that name, of any dtype."""
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The tensor's shape, None where there is none or it is quantized already."""
+        """The weight's shape, None where there is none or it cannot be decoded."""
 
     def rows(self, name: str, begin: int, end: int) -> np.ndarray:
         """Rows [begin, end) of a tensor that has a shape: float32 [end - begin, ...], the caller's own."""

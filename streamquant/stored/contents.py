@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,10 +55,7 @@ class StoredLayer:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for dimension in self.shape:
-            count *= dimension
-        return count
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

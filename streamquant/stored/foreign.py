@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+NUNCHAKU = "nunchaku SVDQuant"  # whose codes have the name of GPTQ's
 # Last part of a key -> whose it is. Only names that no plain model uses.
 ENDINGS = {
     "qweight": "GPTQ or AWQ",
-    "wscales": "nunchaku SVDQuant",
+    "wscales": NUNCHAKU,
     "weight_packed": "compressed-tensors",
     "_data": "optimum-quanto",
     "_weight_qdata": "torchao",
@@ -30,4 +31,5 @@ def foreign_layers(names: Iterable[str]) -> dict[str, str]:
         ending = name.rsplit(".", 1)[-1].rsplit(":", 1)[-1]
         if ending in ENDINGS:
             found[name] = ENDINGS[ending]
-    return found
+    nunchaku = {layer_of(name) for name, tool in found.items() if tool == NUNCHAKU}
+    return {name: NUNCHAKU if layer_of(name) in nunchaku else tool for name, tool in found.items()}

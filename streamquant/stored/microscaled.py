@@ -6,6 +6,7 @@ rows and 4 columns, is stored tile by tile, and inside a tile element (r, c) lie
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,33 +18,59 @@ from .layouts import Layout, Read, Tile, first_scales
 from .numbers import E2M1, byte_values, decode_bytes, decode_nibbles, floats
 
 BAND = 128  # rows whose scales lie together
+TILE_BYTES = 512  # of a tile of scales
 
 
 @dataclass(frozen=True)
 class TiledScales(Layout):
-    """Shared by both. codes: of the padded weight; stored_columns: elements in one of its rows."""
+    """Shared by both. codes: of the padded weight; stored_columns: elements of its rows. largest: the magnitude of a code."""
 
     codes: SourceTensor
     scale: SourceTensor
     stored_columns: int
     group: ClassVar[int]
+    largest: ClassVar[int]
 
-    def _rows(self, begin: int, end: int) -> tuple[int, int]:
-        return begin // self.columns, (end - 1) // self.columns + 1
+    @property
+    def _across(self) -> int:
+        """Groups in a stored row."""
+        return self.stored_columns // self.group
 
-    def _cut(self, values: np.ndarray, begin: int, end: int) -> np.ndarray:
-        """From whole stored rows [rows, stored_columns] to elements [begin, end) of the unpadded weight."""
-        first = begin // self.columns * self.columns
-        return np.ascontiguousarray(values[:, : self.columns]).reshape(-1)[begin - first : end - first]
+    def decode(self, read: Read, begin: int, end: int) -> Tile:
+        first, last = begin // self.columns, (end - 1) // self.columns + 1
+        left, right = 0, self._across
+        if last - first == 1:  # of one row, which may be endless, only the groups that are asked for
+            left, right = begin % self.columns // self.group, -(-(end - first * self.columns) // self.group)
+        start = first * self.stored_columns + left * self.group
+        codes = self._codes(read, start, start + (last - first - 1) * self.stored_columns + (right - left) * self.group)
 
-    def _scale_codes(self, read: Read, first: int, last: int) -> np.ndarray:
-        """uint8 [last - first, groups in a stored row]: the scales' bytes of rows [first, last)."""
-        across = -(-self.stored_columns // self.group // 4) * 4
-        begin, end = first // BAND, -(-last // BAND)
-        raw = read(self.scale, begin * BAND * across, end * BAND * across)
-        tiled = np.frombuffer(raw, dtype=np.uint8).reshape(end - begin, across // 4, 32, 4, 4)
-        rows = tiled.transpose(0, 3, 2, 1, 4).reshape(-1, across)
-        return rows[first - begin * BAND : last - begin * BAND, : self.stored_columns // self.group]
+        def cut(values: np.ndarray) -> np.ndarray:
+            """Elements [begin, end) of the unpadded weight."""
+            unpadded = values.reshape(last - first, -1)[:, : self.columns - left * self.group]
+            offset = begin - first * self.columns - left * self.group
+            return np.ascontiguousarray(unpadded).reshape(-1)[offset : offset + end - begin]
+
+        saturated = int(np.count_nonzero(np.abs(cut(codes)) == self.largest))
+        scales = self._scales(read, first, last, left, right)
+        return Tile(cut(codes.reshape(last - first, -1, self.group) * scales[:, :, None]), saturated)
+
+    @abstractmethod
+    def _codes(self, read: Read, begin: int, end: int) -> np.ndarray:
+        """float32 [end - begin]: what codes [begin, end) of the padded weight stand for, before their scales."""
+
+    @abstractmethod
+    def _scales(self, read: Read, first: int, last: int, left: int, right: int) -> np.ndarray:
+        """float32 [last - first, right - left]: the scales of groups [left, right) of rows [first, last)."""
+
+    def _scale_codes(self, read: Read, first: int, last: int, left: int, right: int) -> np.ndarray:
+        """uint8: the bytes of the same. Of several rows it must be all groups."""
+        band, bands = first // BAND, -(-last // BAND) - first // BAND
+        across, place, tiles = -(-self._across // 4), left // 4, -(-right // 4) - left // 4
+        start = (band * across + place) * TILE_BYTES
+        raw = read(self.scale, start, start + ((bands - 1) * across + tiles) * TILE_BYTES)
+        tiled = np.frombuffer(raw, dtype=np.uint8).reshape(bands, tiles, 32, 4, 4)
+        rows = tiled.transpose(0, 3, 2, 1, 4).reshape(-1, 4 * tiles)
+        return rows[first - band * BAND : last - band * BAND, left - 4 * place : right - 4 * place]
 
 
 @dataclass(frozen=True)
@@ -53,18 +80,16 @@ class NvFp4(TiledScales):
     tensor_scale: SourceTensor
     high_first: bool = True
     group = 16
+    largest = 6
     relative_error = 0.095
 
-    def decode(self, read: Read, begin: int, end: int) -> Tile:
-        first, last = self._rows(begin, end)
-        half = self.stored_columns // 2
-        packed = np.frombuffer(read(self.codes, first * half, last * half), dtype=np.uint8)
-        values = decode_nibbles(packed, E2M1, self.high_first).reshape(last - first, self.stored_columns)
-        saturated = int(np.count_nonzero(np.abs(self._cut(values, begin, end)) == 6))
-        codes = np.ascontiguousarray(self._scale_codes(read, first, last))
-        scales = byte_values("F8_E4M3")[codes] * floats(read(self.tensor_scale, 0, 4), "F32")[0]
-        values = values.reshape(last - first, -1, self.group) * scales[:, :, None]
-        return Tile(self._cut(values.reshape(last - first, -1), begin, end), saturated)
+    def _codes(self, read: Read, begin: int, end: int) -> np.ndarray:
+        packed = np.frombuffer(read(self.codes, begin // 2, end // 2), dtype=np.uint8)
+        return decode_nibbles(packed, E2M1, self.high_first)
+
+    def _scales(self, read: Read, first: int, last: int, left: int, right: int) -> np.ndarray:
+        scales = byte_values("F8_E4M3")[self._scale_codes(read, first, last, left, right)]
+        return scales * floats(read(self.tensor_scale, 0, 4), "F32")[0]
 
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
         return first_scales(self.tensor_scale, read, limit)
@@ -79,18 +104,16 @@ class MxFp8(TiledScales):
     """E4M3 codes; groups of 32 with power-of-two scales (E8M0)."""
 
     group = 32
+    largest = 448
     relative_error = 0.03
 
-    def decode(self, read: Read, begin: int, end: int) -> Tile:
-        first, last = self._rows(begin, end)
-        width = self.stored_columns
-        codes = np.frombuffer(read(self.codes, first * width, last * width), dtype=np.uint8)
-        values = decode_bytes(codes, "F8_E4M3").reshape(last - first, width)
-        saturated = int(np.count_nonzero((self._cut(codes.reshape(last - first, width), begin, end) & 0x7F) == 0x7E))
-        scales = byte_values("F8_E8M0")[self._scale_codes(read, first, last)]
-        values = values.reshape(last - first, -1, self.group) * scales[:, :, None]
-        return Tile(self._cut(values.reshape(last - first, -1), begin, end), saturated)
+    def _codes(self, read: Read, begin: int, end: int) -> np.ndarray:
+        return decode_bytes(np.frombuffer(read(self.codes, begin, end), dtype=np.uint8), "F8_E4M3")
+
+    def _scales(self, read: Read, first: int, last: int, left: int, right: int) -> np.ndarray:
+        return byte_values("F8_E8M0")[self._scale_codes(read, first, last, left, right)]
 
     def scales(self, read: Read, limit: int) -> tuple[np.ndarray, bool]:
-        rows = max(min(limit * self.group // self.stored_columns, self.shape[0]), 1)
-        return byte_values("F8_E8M0")[self._scale_codes(read, 0, rows)].reshape(-1), rows == self.shape[0]
+        rows = max(min(limit // self._across, self.shape[0]), 1)
+        groups = self._across if rows > 1 else min(self._across, limit)
+        return self._scales(read, 0, rows, 0, groups).reshape(-1), (rows, groups) == (self.shape[0], self._across)

@@ -9,15 +9,15 @@ from rich.text import Text
 
 from streamquant.checkpoint.header import printable
 
+from .common import table
+
 
 def calibration_table(rows: list[dict[str, Any]]) -> Table:
     """The layers of a calibration file, as `Calibration.summary` has them."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for heading in ("columns", "inputs", "kept", "in mean", "in sketch", "in top"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("columns", "inputs", "kept", "in mean", "in sketch", "in top")
+    made = table("layer", *numbers, right=numbers)
     for row in rows:
         kept = "whole H" if row["kind"] == "hessian" else f"rank {row['rank']}"
         shares = [f"{row[name]:.1%}" if name in row else "" for name in ("energy_in_mean", "energy_in_sketch", "top_channel")]
-        table.add_row(Text(printable(str(row["layer"]))), f"{row['columns']:,}", f"{row['count']:,}", kept, *shares)
-    return table
+        made.add_row(Text(printable(str(row["layer"]))), f"{row['columns']:,}", f"{row['count']:,}", kept, *shares)
+    return made

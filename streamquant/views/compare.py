@@ -12,8 +12,9 @@ from rich.text import Text
 from streamquant.checkpoint.header import printable
 from streamquant.compare import Compared, Comparison, Side
 from streamquant.folding import fold_all, spell
+from streamquant.terminal import Rows
 
-from .common import Rows, count, name_of, path_of, ratio, rows, sentences
+from .common import count, name_of, path_of, ratio, sentences
 
 
 def comparison_view(found: Comparison, every_layer: bool = False) -> list[Rows | Text]:
@@ -38,7 +39,7 @@ def _file(word: str, path: Path, nbytes: int, formats: list[str]) -> Text:
 
 
 def _formats(sides: list[Side]) -> list[str]:
-    return list(dict.fromkeys(f"{side.format}" for side in sides))
+    return list(dict.fromkeys(side.format for side in sides))
 
 
 def _tables(found: Comparison, every_layer: bool) -> Iterator[Rows | Text]:
@@ -69,7 +70,7 @@ def _layers(layers: list[Compared], every_layer: bool, with_source: bool) -> Row
         else:
             row.append(ratio(_mean([layer.difference for layer in members])))
         listed.append(row)
-    return rows(("weight", *numbers, *(("better",) if with_source else ())), numbers, listed)
+    return Rows(("weight", *numbers, *(("better",) if with_source else ())), numbers, listed)
 
 
 def _side(layer: Compared, side: str) -> Side:

@@ -14,8 +14,9 @@ from streamquant.folding import fold_all, spell
 from streamquant.inspect import SCALES_PER_LAYER, Group, Inspection
 from streamquant.stored import StoredLayer
 from streamquant.stored.gguf import GgufSummary
+from streamquant.terminal import Part, Phrase, Rows
 
-from .common import Phrase, Rows, count, name_of, path_line, path_of, rows, sentences, shape_of, table
+from .common import count, name_of, path_line, path_of, sentences, shape_of, table
 
 METADATA_SHOWN = 8
 MAX_LEVELS = 24  # of a tree; what is left of a name stays in one piece
@@ -23,7 +24,7 @@ VALUE_LENGTH = 60
 WHOLE_FORMAT = 24  # characters of a format's name, all of ours and more, that a narrow terminal leaves whole
 
 
-def inspection_view(found: Inspection) -> list[Table | Text | Tree]:
+def inspection_view(found: Inspection) -> list[Part]:
     """One checkpoint on one screen."""
     parts = [*_heading(found), _formats(found)]
     if any(group.sampled for group in found.groups):
@@ -154,7 +155,7 @@ def layers_view(found: Inspection) -> Rows:
         info = tensor.info
         bits = f"{8 * info.nbytes / info.elements:.2f}" if info.elements else ""
         listed.append([printable(name), info.dtype, "as it is", shape_of(info.shape), decimal(info.nbytes), bits])
-    return rows(("layer", "format", "scales", "shape", "size", "bits"), ("size", "bits"), listed)
+    return Rows(("layer", "format", "scales", "shape", "size", "bits"), ("size", "bits"), listed)
 
 
 def tree_view(found: Inspection) -> Tree:

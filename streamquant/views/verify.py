@@ -8,9 +8,10 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from streamquant.checkpoint.header import printable, printable_lines
+from streamquant.terminal import Rows
 from streamquant.verdict import LayerCheck, Verdict
 
-from .common import Rows, count, decibels, path_of, ratio, rows, sentences
+from .common import count, decibels, path_of, ratio, sentences
 
 
 def verdict_view(found: Verdict) -> list[Rows | Text]:
@@ -93,4 +94,4 @@ def checked_layers_view(found: Verdict) -> Rows:
         for layer in layers
     ]
     bad = {number for number, layer in enumerate(layers) if not layer.sound}
-    return rows(("layer", "format", *numbers), numbers, listed, bad)
+    return Rows(("layer", "format", *numbers), numbers, listed, bad)

@@ -44,7 +44,7 @@ def single_threaded() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**32 - 1))
 def test_the_output_error_is_that_of_outputs(rows: int, columns: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

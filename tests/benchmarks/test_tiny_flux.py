@@ -124,7 +124,7 @@ def test_the_velocity_is_the_formula_s(size: FluxSize, t: float) -> None:
         assert np.abs(own.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_rotary_positions_see_only_differences(height: int, width: int, seed: int) -> None:
     rotation = rotations(0, height + 1, width + 1, torch.device("cpu"))

@@ -68,7 +68,7 @@ def test_pictures_show_what_their_prompts_say() -> None:
     assert ((middle - expected).abs() < 8).all(), "the shape lies in its ninth of the picture, or is drawn in from its border"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_the_latent_keeps_brightness_and_smooth_colour(seed: int, grey: bool) -> None:
     generator = torch.Generator().manual_seed(seed)

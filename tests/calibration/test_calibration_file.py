@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import numpy as np
 import psutil
 import pytest
@@ -192,6 +195,27 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     with pytest.raises(DestinationWriteError):
         saved(tmp_path / "no folder" / "c", a=layer())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the permissions of POSIX")
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o002, 0o664)])
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        path = saved(tmp_path / "c.safetensors", a=layer())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_file_that_is_loaded_may_be_added_to(tmp_path):
+    """What is saved is still mapped from the file that it replaces."""
+    path = saved(tmp_path / "c.safetensors", a=layer())
+    before = load(path)
+    before.merged(Calibration({"b": layer()})).save(path)
+    after = load(path)
+    assert set(after.layers) == {"a", "b"}
+    np.testing.assert_array_equal(after.layers["a"].sketch, before.layers["a"].sketch)
 
 
 def test_a_file_without_layers_is_refused(tmp_path):

@@ -129,7 +129,7 @@ def test_dtypes_are_complete():
     assert list(h.DTYPE_BITS) == known[::-1], "the table's order is that of the writer's Dtype enum, from its end"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tensor_lists, texts, texts)
 def test_build_is_byte_for_byte_what_safetensors_writes(tensors, key, value):
     tensors = [tensor for tensor in tensors if tensor[1] in WRITER_DTYPES]
@@ -143,7 +143,7 @@ def test_build_orders_every_dtype_like_safetensors():
     assert build(tensors, {}) == written_by_safetensors(tensors, {})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tensor_lists, st.dictionaries(texts, texts, max_size=3))
 def test_what_is_built_reads_back_the_same(tensors, metadata):
     file = build(tensors, metadata)
@@ -178,7 +178,7 @@ def mutated_files(draw) -> bytes:
     return file[:8] + bytes(raw) + data
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(mutated_files())
 def test_what_is_accepted_safetensors_accepts(file):
     try:

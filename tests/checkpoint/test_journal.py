@@ -81,7 +81,7 @@ def test_every_truncation_leaves_the_whole_lines_before_it(path, repeat):
         assert read_records(path) == records
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_flipped_bit_ends_the_trusted_part(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "j"
@@ -133,7 +133,7 @@ unit_lines = st.builds(lambda unit: {"unit": unit, "hashes": ["x"]}, st.integers
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(unit_lines | st.just("sync") | st.just("synced"), max_size=25))
 def test_only_what_was_written_before_a_sync_began_is_durable(tmp_path_factory, events):
     """Units may be done again after a resume; a sync of their first version says nothing of the second."""

@@ -35,7 +35,7 @@ def sharded(tmp_path_factory):
     return open_checkpoint(save_shards(tmp_path_factory.mktemp("shards"), first, rest))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(list(TENSORS)), st.data(), st.sampled_from(IO))
 def test_any_range_of_any_tensor(sharded, name, data, io):
     content = TENSORS[name].data

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streamquant import errors
 from streamquant.checkpoint import writer
 from streamquant.checkpoint.positioned import read_at, write_at
-from streamquant.checkpoint.writer import Names, PartialFile, find_journals, rename_new, write_small_file
+from streamquant.checkpoint.writer import Names, PartialFile, find_journals, rename_new, write_file
 
 HEADER = b"H" * 16
 
@@ -150,16 +150,25 @@ def test_every_failing_call_is_named(part, monkeypatch, call):
     assert part.partial.exists() and not part.final.exists()
 
 
-def test_small_files_are_whole_or_not_there(tmp_path, monkeypatch):
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "index.json"
     path.write_bytes(b"old")
     with monkeypatch.context() as broken:
         broken.setattr(os, "replace", failing(errno.EIO))
         with pytest.raises(errors.DestinationWriteError):
-            write_small_file(path, b"new", "0123abcd")
+            write_file(path, [b"ne", b"w"], "0123abcd")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
-    write_small_file(path, b"newer", "0123abcd")
+    write_file(path, [b"new", b"", b"er"], "0123abcd")
     assert path.read_bytes() == b"newer" and [entry.name for entry in tmp_path.iterdir()] == ["index.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX systems sync folders")
+def test_the_name_of_a_file_is_durable(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(stat.S_IFMT(os.fstat(number).st_mode)) or sync(number))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
+    write_file(tmp_path / "index.json", [b"new"], "0123abcd")
+    assert calls == [stat.S_IFREG, "replace", stat.S_IFDIR]
 
 
 # -- names
@@ -194,7 +203,7 @@ def test_journals_are_found_newest_first_and_no_other_file_is(tmp_path):
 # -- positioned reads and writes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 300), st.binary(max_size=200)), max_size=8), st.integers(1, 50), st.booleans())
 def test_short_transfers_are_continued(tmp_path_factory, writes, at_most, positioned):
     """A call may transfer less than asked, and some systems have only lseek."""

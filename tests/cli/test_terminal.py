@@ -16,13 +16,15 @@ from rich.text import Text
 from small_checkpoints import floats, of_values, save
 
 import streamquant
-from streamquant import FormatChoice, Recipe
+from streamquant import FormatChoice, Recipe, transcode
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
+from streamquant.progress import observing
 from streamquant.report import LayerResult, Report
-from streamquant.terminal import LONGEST_LABEL, MARGIN, progress_bar, say, wrapped
+from streamquant.terminal import LONGEST_LABEL, MARGIN, Rows, progress_bar, say, wrapped
 from streamquant.transcode import Options, dry_run
-from streamquant.views.common import path_line, show
+from streamquant.views.common import path_line
+from streamquant.views.convert import plan_view, report_view
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -100,20 +102,36 @@ def test_a_bar_is_one_line_of_whole_numbers(width, total):
         assert "152/1024 MiB RAM" in lines[-1] and "model.diff" in lines[-1], lines
 
 
+def test_columns_stand_under_each_other_whatever_letters_are_in_a_name():
+    found = Rows(("layer", "size"), ("size",), [["块.0", "12 kB"], ["block.10", "3 kB"]])
+    assert {cell_len(line) for line, _ in found.lines()} == {len("block.10  12 kB")}
+
+
 def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     screen = Screen(err=terminal(80))
-    with screen.watching() as observer:
-        assert type(observer).__name__ == "PlainLines"
+    with observing(screen) as observer:
+        assert type(observer.meter).__name__ == "Lines"
     monkeypatch.setenv("TERM", "xterm")
-    with screen.watching() as observer:
-        assert type(observer).__name__ == "Bar"
+    with observing(screen) as observer:
+        assert type(observer.meter).__name__ == "Bar"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_run_of_all_says_what_it_waits_for(tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(transcode, "why_no_jit", lambda: None)
+    monkeypatch.setattr(transcode, "is_compiled", lambda: compiled)
+    source = save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)})
+    for screen in (Screen(err=terminal(200)), Screen(err=Console(file=io.StringIO()))):
+        with observing(screen) as observer:
+            streamquant.convert(source, tmp_path / "o.safetensors", observer=observer, options=Options(device="cpu", force=True))
+        assert ("kernels are compiled" in shown(screen.err)) is not compiled
 
 
 def test_paths_of_outputs_are_one_line(tmp_path):
     screen = Screen(out=terminal(30))
     path = Path("/a very/long folder/with a name/of several words/model.safetensors")
-    show(screen, [path_line(path)])
+    screen.show([path_line(path)])
     assert shown(screen.out) == f"{path}\n"
 
 
@@ -124,7 +142,7 @@ def test_a_run_that_went_on_tells_no_speed_of_the_whole(tmp_path):
     told = []
     for report in (first, again):
         screen = Screen(out=terminal(100))
-        screen.show_report(report)
+        screen.show(report_view(report))
         told.append(shown(screen.out))
     assert "B/s, peak" in told[0] and "resuming" not in told[0]
     assert "B/s" not in told[1] and " s since resuming, peak" in told[1]
@@ -135,7 +153,7 @@ def test_a_dry_run_says_that_the_disk_is_too_small(tmp_path):
     plan, tiles, _ = dry_run(save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)}), output)
     for free, small in ((plan.output_size - 1, True), (plan.output_size + 1, False)):
         screen = Screen(out=terminal(100))
-        screen.show_plan(plan, tiles, free, output)
+        screen.show(plan_view(plan, tiles, free, output))
         assert ("too little" in shown(screen.out)) == small
 
 
@@ -150,7 +168,17 @@ def test_layers_that_hold_nan_are_told_and_not_counted_as_exact(tmp_path, kind):
     assert sound.relative_error > 0 and damaged.relative_error is None
     assert report.by_format()[0].mean_relative_error == sound.relative_error
     screen = Screen(out=terminal(100))
-    screen.show_report(report)
+    screen.show(report_view(report))
+    assert "1 layer holds NaN or infinity" in shown(screen.out)
+
+
+def test_a_cast_of_nan_has_no_error_either(tmp_path):
+    tensors = {"blocks.0.linear.weight": floats(64, 64), "blocks.0.norm.weight": of_values([1.0, np.nan, 0.3], "F32")}
+    recipe = Recipe(FormatChoice("fp8"), cast="BF16", allow_nonfinite=True)
+    report = streamquant.convert(save(tmp_path / "source.safetensors", tensors), tmp_path / "output.safetensors", recipe)
+    assert {layer.key: layer.relative_error for layer in report.layers}["blocks.0.norm.weight"] is None
+    screen = Screen(out=terminal(100))
+    screen.show(report_view(report))
     assert "1 layer holds NaN or infinity" in shown(screen.out)
 
 
@@ -166,8 +194,8 @@ def test_the_tables_of_convert_have_whole_numbers_at_any_width(tmp_path, width):
     source = save(tmp_path / "source.safetensors", {f"{name}.weight": floats(256, 256) for name in names})
     plan, tiles, _ = dry_run(source, tmp_path / "o.safetensors", recipe)
     screen = Screen(out=terminal(width) if width else Console(file=io.StringIO()))
-    screen.show_report(report)
-    screen.show_plan(plan, tiles, 10**12, tmp_path / "o.safetensors")
+    screen.show(report_view(report))
+    screen.show(plan_view(plan, tiles, 10**12, tmp_path / "o.safetensors"))
     told = shown(screen.out).splitlines()
     rows = [line.split("  ") for line in told if line.startswith(tuple(formats))]
     assert [[cell.strip() for cell in row if cell.strip()] for row in rows] == [

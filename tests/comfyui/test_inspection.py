@@ -25,6 +25,19 @@ def test_any_quant_state(tmp_path, state):
     assert "a  8 x 1  " in text and "cannot be decoded here" in text and "\x1b" not in text
 
 
+def test_layers_whose_long_names_begin_alike_have_a_line_each(tmp_path):
+    names = ["block." * 50 + last for last in "ab"]
+    marker = as_tensor({"format": "float8_e4m3fn"})
+    tensors = {"c.weight": torch.zeros(4, 4)}
+    for name in names:
+        scale = torch.ones(())
+        tensors |= {f"{name}.weight": torch.zeros(8, 8, dtype=torch.float8_e4m3fn), f"{name}.weight_scale": scale,
+                    f"{name}.comfy_quant": marker.clone()}  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    text = inspect(tmp_path / "x.safetensors")
+    assert text.count("  8 x 8  ") == 2 and "(2 layers)" in text
+
+
 @pytest.mark.parametrize("listed", [[], {"layers": []}, {"layers": 7}, {"layers": {"a": []}}])
 def test_a_malformed_list_of_layers(tmp_path, listed):
     metadata = {"_quantization_metadata": json.dumps(listed)}

@@ -92,7 +92,7 @@ def make(request):
     return KINDS[request.param]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 200),

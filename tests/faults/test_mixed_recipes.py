@@ -161,7 +161,7 @@ def attempt(case: Case) -> str:
         return outcome(case, Path(folder))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_a_refusal_or_a_sound_file(case):
     event(attempt(case))
@@ -173,7 +173,7 @@ def test_thousands_of_mixed_recipes():
     outcomes: Counter[str] = Counter()
     began = time.monotonic()
 
-    @settings(max_examples=LONG_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=LONG_EXAMPLES, suppress_health_check=list(HealthCheck), database=None)
     @given(cases())
     def run(case: Case) -> None:
         outcomes[attempt(case)] += 1

@@ -29,8 +29,8 @@ from streamquant.inspect import inspect
 from streamquant.layer_config import read_layer_config
 from streamquant.stored import read_contents, tiles
 from streamquant.stored.gguf import LONGEST_TEXT, GgufSummary, read_gguf
-from streamquant.views import gguf_view, inspection_view, layers_view, show, tree_view
 from streamquant.views.calibration import calibration_table
+from streamquant.views.inspect import gguf_view, inspection_view, layers_view, tree_view
 
 FOLDER = Path(tempfile.mkdtemp())  # in one that `campaign.py` removes: a fuzzer does not get to clean up
 MOST_COMPARED = 1 << 12  # bytes of a GGUF file that its own reader reads too: it takes a microsecond and an object for each entry of a list
@@ -148,7 +148,7 @@ def stored(data: bytes) -> None:
         text = io.StringIO()
         screen = Screen(out=Console(file=text, width=100))
         for parts in (inspection_view(found), [layers_view(found)], [tree_view(found)]):
-            show(screen, parts)
+            screen.show(parts)
         _require(is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
 
 
@@ -242,7 +242,7 @@ def gguf(data: bytes) -> None:
         return
     text = io.StringIO()
     if len(data) % 4 == 0:
-        show(Screen(out=Console(file=text, width=100)), gguf_view(found))
+        Screen(out=Console(file=text, width=100)).show(gguf_view(found))
     _require(is_safe(text.getvalue()), f"not safe to show: {text.getvalue()!r}")
     _require(all(kind.nbytes <= len(data) for kind in found.types), "more weights than there are bytes")
     if len(data) <= MOST_COMPARED and not any(name.startswith("GGUF.") for name in found.metadata):  # names that its reader needs itself

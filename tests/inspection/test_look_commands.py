@@ -24,9 +24,11 @@ from streamquant import FormatChoice, Recipe, cli
 from streamquant.console import Screen
 from streamquant.doctor import Check, examine, sound
 from streamquant.inspect import inspect
+from streamquant.terminal import Rows
 from streamquant.verify import verify
-from streamquant.views import checked_layers_view, inspection_view, layers_view, show, verdict_view
-from streamquant.views.common import Rows, path_line
+from streamquant.views.common import path_line
+from streamquant.views.inspect import inspection_view, layers_view
+from streamquant.views.verify import checked_layers_view, verdict_view
 
 
 def run(*arguments: str | Path, columns: int = 160) -> Result:
@@ -259,7 +261,7 @@ def test_an_interrupted_dequantize_says_that_it_starts_again(files, tmp_path, mo
 def on_a_terminal(width: int, parts: list) -> str:
     screen = Screen()
     screen.out = Console(file=io.StringIO(), force_terminal=True, no_color=True, width=width)
-    show(screen, parts)
+    screen.show(parts)
     return re.sub(r"\x1b\[[0-9;]*m", "", screen.out.file.getvalue())
 
 

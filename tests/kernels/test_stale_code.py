@@ -43,6 +43,20 @@ def run(checkout: Path) -> tuple[int, int]:
     return spans, hits
 
 
+def test_whether_anything_is_compiled_is_known(tmp_path: Path) -> None:
+    program = """
+import numpy as np
+from streamquant.preflight import is_compiled
+from streamquant.kernels.jit.absmax import group_absmax
+print(is_compiled())
+group_absmax(np.ones((1, 8), np.float32), np.empty(1, np.float32))
+print(is_compiled())
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    told = [subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).split() for _ in range(2)]
+    assert told == [["False", "True"], ["True", "True"]]
+
+
 def test_a_change_of_any_source_is_compiled(checkout: Path) -> None:
     assert run(checkout) == (4, 0)
     assert run(checkout) == (4, 1)

@@ -97,7 +97,7 @@ patterns = st.none() | st.sampled_from(["single", "double", "img_in", r"0\.", "l
 choices = st.sampled_from([FormatChoice("fp8"), FormatChoice("int8"), FormatChoice("nf4"), FormatChoice("keep")])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(patterns.filter(bool), choices), max_size=3),
     patterns,

@@ -15,7 +15,7 @@ from streamquant.kernels.feedback import Feedback, dense_feedback, low_rank_feed
 from streamquant.kernels.jit import refine as compiled
 from streamquant.kernels.refined import GRIDS, Refined
 
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=40)
 LARGEST = {"int8": 127.0, "e4m3": 448.0, "nf4": 1.0, "fp4": 1.0}
 
 grids = st.sampled_from(GRIDS)

@@ -14,7 +14,7 @@ from streamquant.kernels.codebooks import NF4
 from streamquant.kernels.search_grid import FP8_STEPS, fp8_candidates, fp8_multiplier
 from streamquant.rounding import scales
 
-QUICK = settings(max_examples=30, deadline=None)
+QUICK = settings(max_examples=30)
 BACKENDS = [TorchBackend()] + ([JitBackend()] if why_no_jit() is None else [])
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 shapes = st.tuples(st.integers(1, 9), st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 1000])))

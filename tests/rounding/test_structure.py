@@ -189,7 +189,7 @@ def test_what_does_not_fit_gives_nothing(fault):
     assert structure.is_fed(graph("zimage"), weights, second) == (fault == "nan")  # names and shapes say nothing of it
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 80), st.integers(0, 5))
 def test_any_sizes(features, width, rank, seed):
     rng, weights = np.random.default_rng(seed), SmallWeights()

@@ -69,7 +69,7 @@ def test_the_ladder_is_the_grid(grid):
     np.testing.assert_array_equal(ones.decoded((every.view(np.int8) if grid == "int8" else every)[None])[0], steps.values[steps.ranks[every]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.one_of(st.integers(1, 6), st.sampled_from([127, 128, 129, 200])), st.integers(1, 24), st.sampled_from([1, 3, 8, 11]),
     st.sampled_from(GRIDS), st.integers(0, 3), st.integers(0, 1 << 20),

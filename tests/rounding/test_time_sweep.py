@@ -235,7 +235,7 @@ def test_what_does_not_fit_gives_nothing(fault):
     assert TimeSweep(graph("flux2"), weights).statistics(layer) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(["time", "slow", "guidance", "other"]), min_size=1, max_size=4),
     st.lists(st.sampled_from(["silu", "gelu_tanh"]), max_size=2),

@@ -60,7 +60,7 @@ def test_codes_without_scales_are_no_weights(weights):
     assert matrix_shape(weights, "bf16") == (37, 12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(1, 6), st.booleans(), st.sampled_from(["float32", "float64"]))
 def test_a_layer_in_chunks_is_the_layer(rows, columns, count, bias, dtype):
     rng, small = np.random.default_rng(rows), SmallWeights()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from others_layers import EVERY_LAYOUT, bnb4, nvfp4, weight
+from others_layers import EVERY_LAYOUT, bnb4, mxfp8, nvfp4, weight
 from small_checkpoints import EVERY_FORMAT, floats, sample, save
 
 import streamquant
@@ -67,7 +67,7 @@ def test_what_others_write_decodes_as_they_decode_it(tmp_path, name, shape):
     np.testing.assert_allclose(ours, stored.decoded.numpy(), rtol=0, atol=tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 90), st.sampled_from([32, 64, 128]), st.booleans(), st.sampled_from(["nf4", "fp4"]))
 def test_4bit_blocks_run_across_rows_of_any_length(tmp_path_factory, rows, columns, block_size, nested, book):
     stored = bnb4(weight(rows, columns), book, block_size, nested)
@@ -76,13 +76,40 @@ def test_4bit_blocks_run_across_rows_of_any_length(tmp_path_factory, rows, colum
     np.testing.assert_allclose(decode(contents, "l.weight", 64), stored.decoded.numpy(), rtol=1e-6, atol=0)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 12))
-def test_padded_nvfp4_is_cut_to_its_own_shape(tmp_path_factory, rows, groups):
-    stored = nvfp4(weight(rows, 16 * groups - 3))
-    path = save(tmp_path_factory.mktemp("nvfp4") / "w.safetensors", stored.named("l"))
+@pytest.mark.parametrize("layout", [nvfp4, mxfp8])
+@settings(max_examples=15)
+@given(rows=st.integers(1, 300), groups=st.integers(1, 12), data=st.data())
+def test_tiled_scales_are_cut_to_the_weight_s_own_shape(tmp_path_factory, layout, rows, groups, data):
+    stored = layout(weight(rows, 16 * groups - 3))
+    path = save(tmp_path_factory.mktemp("tiled") / "w.safetensors", stored.named("l"))
     contents = read_contents(streamquant.open_checkpoint(path))
-    assert np.array_equal(decode(contents, "l.weight"), stored.decoded.numpy())
+    expected = stored.decoded.numpy()
+    assert np.array_equal(decode(contents, "l.weight"), expected)
+    row, begin = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 16 * groups - 4))
+    end = data.draw(st.integers(begin + 1, 16 * groups - 3))
+    with TileReader(contents.checkpoint) as reader:
+        start = row * expected.shape[1]
+        piece = contents.weight("l.weight").decode(reader.tile, start + begin, start + end)
+    assert np.array_equal(piece.values, expected[row, begin:end])
+
+
+@pytest.mark.parametrize("layout", [nvfp4, mxfp8])
+def test_of_one_endless_row_only_what_is_asked_for_is_read(tmp_path, layout):
+    columns, rows = 1 << 16, 2
+    path = save(tmp_path / "w.safetensors", layout(weight(rows, columns)).named("l"))
+    contents = read_contents(streamquant.open_checkpoint(path))
+    found = contents.weight("l.weight")
+    with TileReader(contents.checkpoint) as reader:
+
+        def read(tensor, begin, end):
+            assert end - begin <= max(tensor.info.nbytes // 8, 4)
+            return reader.tile(tensor, begin, end)
+
+        for begin, end in tiles(found.shape, columns // 16):
+            found.decode(read, begin, end)
+        if layout is mxfp8:
+            scales, complete = found.scales(read, 100)
+            assert scales.size == 100 and not complete
 
 
 def test_one_endless_row_is_decoded_in_pieces(tmp_path):

@@ -65,7 +65,7 @@ def layers(draw) -> dict[str, Tensor]:
     return found
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 @given(layers(), st.one_of(st.none(), MARKERS))
 def test_any_file_is_described_or_refused_and_what_is_decodable_decodes(tmp_path_factory, tensors, listed):
     metadata = {} if listed is None else {"_quantization_metadata": json.dumps({"layers": {"l": listed}})}

@@ -21,7 +21,7 @@ def plans(tmp_path_factory):
     return {name: plan(path, recipe) for name, recipe in EVERY_FORMAT.items()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(list(EVERY_FORMAT)), st.integers(0, 400 * MEBIBYTE), st.integers(1, 64),
     st.sampled_from(["mmap", "pread"]),

@@ -164,7 +164,7 @@ def check_units(folder: Path, made: Plan, source: dict[str, Tensor]) -> None:
         assert made.output_bytes(unit) == sum(len(output[unit.output_name(part)].data) for part in unit.outputs)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(
     checkpoints,
     recipes(),

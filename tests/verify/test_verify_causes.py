@@ -176,7 +176,7 @@ FAULTS = [
     ("another rotation", ["int8 rotated"], marker(convrot_groupsize=64), "rotated in groups of 256, but it is marked with groups of 64"),
     ("rotated FP8", FP8, marker(convrot=True, convrot_groupsize=64), "marked as rotated, which loaders undo for int8_tensorwise only"),
     ("no quant_state", [*BOOKS, "nf4 nested"], without("quant_state"), "its quant_state is missing"),
-    ("another block size", BOOKS, state(blocksize=128), "do not hold a weight of [[]256, 256[]] in blocks of 128"),
+    ("another block size", BOOKS, state(blocksize=128), r"do not hold a weight of \[256, 256\] in blocks of 128"),
     ("another offset", ["nf4 nested"], state(nested_offset=0.5), r"its nested_offset is wrong: it says 0\.5 where about"),
     ("another quant_map", ["nf4"],
      lambda tensors, _: change(tensors, f"{LAYER}.weight.quant_map", lambda m: np.sort(-np.abs(m))), "its quant_map is not that of NF4"),
