@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from streamquant.checkpoint.header import printable
-from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader, open_checkpoint
+from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader
 from streamquant.formats.plain import round_to_bf16
 from streamquant.judgement import Judge, PairSum, ranges_of, spread
 from streamquant.options import Options
@@ -36,6 +36,7 @@ from streamquant.verdict import Finding, LayerCheck, Unwatched, Verdict, Watcher
 CHUNK = 8 << 20  # bytes hashed or compared at a time
 TILES_TOGETHER = 16  # tiles of one piece of work
 RELATIVES = 3  # layers that are near and yet wrong, from which it is said of the file
+WRONG_WAY_ROUND = "says that it was made of this output: name the original first, and second what was made of it"
 SMALL = 1 << 20  # bytes up to which a tensor is hashed even in a quick look
 
 # How many bytes it goes through, and what does so: (kind of comparison, whom it is about, what it found, bytes done).
@@ -59,7 +60,7 @@ def verify(
     """
     started = time.monotonic()
     options, watcher = options or Options(), watcher or Unwatched()
-    before, after = (read_contents(open_checkpoint(path)) for path in (source, output))
+    before, after = read_contents(source), read_contents(output)
     for contents in (before, after):
         refuse_adapter(contents.checkpoint)
     refuse_foreign(after, before.checkpoint.tensors)  # a copy of them is compared byte for byte
@@ -222,6 +223,8 @@ class _Check:
             if check.cause:
                 self.findings.append(Finding("layer", check.key, check.cause))
         self.findings[:0] = self._of_another_model(checks)
+        if self.findings and _made_from(self.before, self.after):
+            self.findings = [Finding("order", "", f"this source {WRONG_WAY_ROUND}")]
         return checks
 
     def _copy_fault(self, pair: Pair, unequal: int) -> str:
@@ -267,19 +270,26 @@ class _Check:
             self.before.checkpoint.size,
             self.after.checkpoint.size,
             seconds,
-            (*_notes(self.before, self.after, self.hashes), *_decoded_note(layers, self.pairing)),
+            (*_notes(self.before, self.after, self.hashes, not self.findings), *_decoded_note(layers, self.pairing)),
         )
 
 
-def _notes(before: Contents, after: Contents, hashes: dict[str, str]) -> Iterator[str]:
+def _notes(before: Contents, after: Contents, hashes: dict[str, str], sound: bool) -> Iterator[str]:
     if hashes and len(hashes) < len(after.checkpoint.tensors):
         without = len(after.checkpoint.tensors) - len(hashes)
         yield f"{without:,} tensors of the output carry no hash: they lie in files without manifest."
     if not hashes:
         yield "The output carries no manifest of hashes: another tool wrote it, and only its weights can be compared."
-    recorded = {part.get("header_sha256") for entry in after.provenance if entry for part in entry.source}
-    if not after.decoded and recorded and not recorded & {file.header.sha256 for file in before.checkpoint.files}:
+    if sound and _made_from(before, after):
+        yield f"The source {WRONG_WAY_ROUND}."
+    if not after.decoded and _made_from(after, before) is False:
         yield "The output says that it was made from another file than this source (their headers differ)."
+
+
+def _made_from(made: Contents, original: Contents) -> bool | None:
+    """Whether one says that it was made from the other; None when it does not say from what."""
+    recorded = {part.get("header_sha256") for entry in made.provenance if entry for part in entry.source}
+    return bool(recorded & {file.header.sha256 for file in original.checkpoint.files}) if recorded else None
 
 
 def _decoded_note(layers: list[LayerCheck], pairing: Pairing) -> Iterator[str]:

@@ -249,3 +249,20 @@ def test_a_flipped_bit_that_no_error_shows_is_found_by_its_hash(folder):
 def test_what_is_left_of_a_missing_layer_is_not_complained_of_again(folder):
     found = broken(folder, FP8, lambda tensors, _: tensors.pop(f"{LAYER}.weight"))
     assert cause(found) == "it is missing from the output"
+
+
+WRONG_WAY_ROUND = "says that it was made of this output: name the original first, and second what was made of it"
+
+
+def test_source_and_output_the_wrong_way_round(folder):
+    broken(folder, NF4, lambda *_: None, keep_manifest=True)
+    found = verify(folder / "output.safetensors", folder / "source.safetensors")
+    assert [finding.text for finding in found.findings] == [f"this source {WRONG_WAY_ROUND}"]
+
+
+def test_what_was_decoded_back_may_have_the_header_of_the_original(folder):
+    """Then nothing is wrong with it, but what was said of it is."""
+    broken(folder, INT8_ROWS, lambda *_: None, keep_manifest=True)
+    found = verify(folder / "output.safetensors", folder / "source.safetensors")
+    assert found.sound and f"The source {WRONG_WAY_ROUND}." in found.notes
+    assert not any("made of" in note for note in verify(folder / "source.safetensors", folder / "output.safetensors").notes)
