@@ -72,6 +72,7 @@ bench: $(STAMP)
 	$(BENCH) decode
 	$(BENCH) learned
 	$(BENCH) quality --against all
+	$(BENCH) quality --models flux --methods "" --learned fp8-tensor,int8-row
 	$(BENCH) report
 
 # The same in minutes, into a folder of its own: to see that everything runs, not to be quoted.

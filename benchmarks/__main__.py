@@ -296,6 +296,7 @@ def train_tiny(output: Path | None, steps: int, batch: int, hidden: int, seed: i
 @click.option("--scored-on", type=click.Choice(["develop", "final"]), default="final", show_default=True)
 @click.option("--weights", type=click.Path(path_type=Path), help="Another small Flux.2 than the repository's.")
 @click.option("--against", default="none", show_default=True, help="Also other tools: their names by commas, all, or none.")
+@click.option("--learned", default="", help="Formats, by commas, for convert-to-quant's learned rounding; slow.")
 @_workdir
 def quality(
     models: str,
@@ -304,6 +305,7 @@ def quality(
     scored_on: str,
     weights: Path | None,
     against: str,
+    learned: str,
     workdir: Path,
 ) -> None:
     """Measure what each way of rounding costs at the outputs of real models.
@@ -323,6 +325,7 @@ def quality(
             workdir=workdir,
             weights=weights or WEIGHTS,
             against=quality_rivals.NAMES if against == "all" else [] if against == "none" else _listed(against),
+            learned=_listed(learned),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error

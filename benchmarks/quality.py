@@ -48,6 +48,7 @@ class Settings:
     """What to measure. formats, methods, models: names. scored_on: "develop", to look at often, or "final".
 
     against: other tools, by name; each is measured in its own formats, whatever `formats` and `methods` say.
+    learned: formats in which the other converter's learned rounding is measured, too.
     """
 
     models: Sequence[str]
@@ -57,12 +58,15 @@ class Settings:
     workdir: Path
     weights: Path = WEIGHTS
     against: Sequence[str] = ()
+    learned: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        from benchmarks.quality_converter import FLAGS
         from benchmarks.quality_rivals import NAMES
 
         for what, names, legal in (
             ("tool", self.against, NAMES),
+            ("format of the other converter", self.learned, tuple(FLAGS)),
             ("model", self.models, MODELS),
             ("format", self.formats, tuple(methods.FORMATS)),
             ("method", self.methods, tuple(methods.METHODS)),
@@ -91,7 +95,9 @@ def run(settings: Settings, console: Console, record: Callable[[Sequence[Result]
                     keep(list(measure_format(study, format, settings, folder, time, console)))
                 console.print(table([row for row in rows if row.source == study.name], study.name))
             reference = as_it_comes(study, folder)
-            for scores in quality_rivals.measure(study, settings.against, reference, folder, settings.workdir, time, console):
+            for scores in quality_rivals.measure(
+                study, settings.against, settings.learned, reference, folder, settings.workdir, time, console
+            ):
                 keep(scores)
     return rows
 
@@ -150,7 +156,7 @@ def measure_format(
 
 @dataclass(frozen=True)
 class Cell:
-    """One contender in one format on one model. by_layer: keep ratios layer by layer too."""
+    """One contender in one format on one model. by_layer: keep ratios layer by layer too, as always where layers are all."""
 
     time: str
     model: str
@@ -181,7 +187,7 @@ class Cell:
         if ratios:
             worst = max(ratios, key=ratios.__getitem__)
             yield row("worst layer", ratios[worst], worst, ratios[worst])
-        if self.by_layer:
+        if self.by_layer or not measured.whole:
             for layer, value in measured.layers.items():
                 yield row("layer output error", value, layer, ratios.get(layer))
 

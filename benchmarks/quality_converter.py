@@ -1,12 +1,13 @@
 """The other converter's rounding in the same study: convert-to-quant on the same layers, its files decoded here.
 
-It has two ways: nearest, and the learned rounding that it takes when nothing is asked for. The learned one takes from seconds
-to minutes a layer, so it gets a few layers in two formats, one by one, and a limit of time for each.
+It has two ways: nearest, and the learned rounding that it takes when nothing is asked for, which takes from seconds to minutes
+a layer.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,15 +21,7 @@ from benchmarks.peers import CONVERT_TO_QUANT, PeerError
 from benchmarks.quality_methods import Quantized
 
 METHODS = {"--simple": ("--simple",), "learned": ()}
-LEARNED_SECONDS = 600  # for a layer
-LEARNED_FORMATS = ("fp8-tensor", "int8-row")
-# One of each kind in the middle of the model.
-LEARNED_LAYERS = (
-    "encoder.layer.3.attention.self.query.weight", "encoder.layer.3.attention.output.dense.weight",
-    "encoder.layer.3.intermediate.dense.weight", "encoder.layer.3.output.dense.weight",
-    "double_blocks.1.img_attn.qkv.weight", "double_blocks.1.img_mlp.2.weight",
-    "single_blocks.2.linear1.weight", "single_blocks.2.linear2.weight",
-)  # fmt: skip
+SECONDS = 3 * 3600  # that a conversion may take
 FLAGS: dict[str, tuple[str, ...]] = {
     "fp8-tensor": ("--scaling_mode", "tensor"),
     "fp8-row": ("--scaling_mode", "row"),
@@ -41,17 +34,11 @@ MARKER = ".comfy_quant"
 
 
 def quantize(
-    source: Path,
-    destination: Path,
-    format: str,
-    method: str,
-    layers: Sequence[str],
-    workdir: Path,
-    limit: float | None = None,
+    source: Path, destination: Path, format: str, method: str, layers: Sequence[str], workdir: Path
 ) -> Quantized:
     """Convert the weights `layers` of `source`, with their biases, which it corrects; all else stays as it is.
 
-    limit: seconds that it may take. Raises PeerError when it has no such format, cannot be installed, fails or takes longer.
+    Raises PeerError when it has no such format, cannot be installed, fails or takes longer than SECONDS.
     """
     if format not in FLAGS:
         raise PeerError(f"has no format {format}")
@@ -62,13 +49,15 @@ def quantize(
     biases = [f"{key.removesuffix('.weight')}.bias" for key in layers]
     save_file({key: weights[key].contiguous() for key in (*layers, *biases) if key in weights}, part)
     command = [str(program), "-i", str(part), "-o", str(destination), "--comfy_quant", "--device", "cpu", "--manual_seed", "0"]
+    destination.unlink(missing_ok=True)  # what another conversion left is not this one's
     begin = time.perf_counter()
     try:
         done = subprocess.run(
-            [*command, *METHODS[method], *FLAGS[format]], capture_output=True, text=True, check=False, timeout=limit
-        )
+            [*command, *METHODS[method], *FLAGS[format]], capture_output=True, text=True, check=False, timeout=SECONDS,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as everyone has in this study
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise PeerError(f"was not done within {limit} s") from error
+        raise PeerError(f"was not done within {SECONDS} s") from error
     finally:
         part.unlink()
     seconds = time.perf_counter() - begin

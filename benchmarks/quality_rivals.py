@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors.torch import load_file
 
-from benchmarks import quality_converter, quality_results, results
+from benchmarks import quality_converter, quality_results
 from benchmarks.peers import CONVERT_TO_QUANT, PeerError
 from benchmarks.quality import Cell, Study, line
 from benchmarks.quality_layers import Measured
@@ -29,12 +29,19 @@ Reference = Callable[[str], tuple[Measured, Quantized]]
 
 
 def measure(
-    study: Study, names: Sequence[str], reference: Reference, folder: Path, workdir: Path, time: str, console: Console
-) -> Iterator[list[Result]]:
-    """Yield the rows of each tool in each of its formats; a tool or format that fails has a row that says why."""
+    study: Study, names: Sequence[str], learned: Sequence[str], reference: Reference, folder: Path, workdir: Path, time: str,
+    console: Console,
+) -> Iterator[list[Result]]:  # fmt: skip
+    """Yield the rows of each tool in each of its formats; a tool or format that fails has a row that says why.
+
+    learned: formats in which the converter's learned rounding takes part, too.
+    """
     for name in names:
-        cells = _converter if name == CONVERTER else _library
-        yield from cells(name, study, reference, folder, workdir, time, console)
+        if name == CONVERTER:
+            yield from _converter("--simple", tuple(quality_converter.FLAGS), study, reference, folder, workdir, time, console)
+        else:
+            yield from _library(name, study, reference, folder, workdir, time, console)
+    yield from _converter("learned", learned, study, reference, folder, workdir, time, console)
 
 
 def _library(
@@ -59,46 +66,21 @@ def _library(
 
 
 def _converter(
-    name: str, study: Study, reference: Reference, folder: Path, workdir: Path, time: str, console: Console
-) -> Iterator[list[Result]]:
-    destination = folder / "converter.safetensors"
-    for format in quality_converter.FLAGS:
+    method: str, formats: Sequence[str], study: Study, reference: Reference, folder: Path, workdir: Path, time: str,
+    console: Console,
+) -> Iterator[list[Result]]:  # fmt: skip
+    destination, contender = folder / "converter.safetensors", f"{CONVERT_TO_QUANT.name} {method}"
+    for format in formats:
         layers = reference(format)[1].layers
-        contender = f"{CONVERT_TO_QUANT.name} --simple"
         try:
-            quantized = quality_converter.quantize(study.source, destination, format, "--simple", layers, workdir)
-            yield _rows(study, Cell(time, study.name, format, contender, quantized), format, reference, console)
+            quantized = quality_converter.quantize(study.source, destination, format, method, layers, workdir)
         except PeerError as error:
             yield [_missing(study, time, format, contender, error, console)]
-        chosen = [key for key in quality_converter.LEARNED_LAYERS if key in layers]
-        if chosen and format in quality_converter.LEARNED_FORMATS:
-            yield list(_learned(study, format, chosen, len(layers), reference, destination, workdir, time, console))
-    destination.unlink(missing_ok=True)
-
-
-def _learned(
-    study: Study, format: str, chosen: Sequence[str], layers: int, reference: Reference, destination: Path, workdir: Path,
-    time: str, console: Console,
-) -> Iterator[Result]:  # fmt: skip
-    """A row per chosen layer: what the converter's learned rounding makes of it alone."""
-    contender, limit = f"{CONVERT_TO_QUANT.name} learned", quality_converter.LEARNED_SECONDS
-    note = f"{len(chosen)} of {layers} layers, at most {limit} s each"
-    ours = reference(format)[0]
-    for key in chosen:
-        layer = key.removesuffix(".weight")
-        try:
-            quantized = quality_converter.quantize(study.source, destination, format, "learned", [key], workdir, limit)
-        except PeerError as error:
-            yield _missing(study, time, format, contender, error, console, detail=layer)
             continue
-        value = study.measure(quantized.weights).layers[layer]
-        sizes = {"size_bytes": quantized.size_bytes, "output_bytes": quantized.bytes, "detail": layer, "note": note}
-        ratio, to = value / ours.layers[layer], _reference_name(format)
-        yield quality_results.score(
-            time, study.name, format, contender, "layer output error", value, ratio=ratio, ratio_to=to, **sizes
-        )
-        yield quality_results.score(time, study.name, format, contender, results.SECONDS, quantized.seconds, **sizes)
-        console.print(f"{format} {contender}, {layer}, {quantized.seconds:.0f} s: {value:.4g} (x {ratio:.3f})", highlight=False)
+        finally:
+            destination.unlink(missing_ok=True)
+        cell = Cell(time, study.name, format, contender, quantized, by_layer=method == "learned")
+        yield _rows(study, cell, format, reference, console)
 
 
 def _rows(study: Study, cell: Cell, ours: str, reference: Reference, console: Console) -> list[Result]:
@@ -112,10 +94,6 @@ def _reference_name(format: str) -> str:
     return f"{quality_results.contender(AS_IT_COMES)}, {format}"
 
 
-def _missing(
-    study: Study, time: str, format: str, contender: str, error: PeerError, console: Console, detail: str = ""
-) -> Result:
+def _missing(study: Study, time: str, format: str, contender: str, error: PeerError, console: Console) -> Result:
     shout(console, f"{contender} DOES NOT TAKE PART in {format} on {study.name}: {error}")
-    return quality_results.score(
-        time, study.name, format, contender, "layer output error", None, detail=detail, note=str(error)
-    )
+    return quality_results.score(time, study.name, format, contender, "layer output error", None, note=str(error))

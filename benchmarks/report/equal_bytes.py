@@ -1,17 +1,18 @@
-"""Quality at equal bytes: what whole models lose by each tool and format, and how many bits a weight they take."""
+"""Quality at equal bytes: what models and layers lose by each tool and format, and how many bits a weight they take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality_results import AS_IT_COMES, FLUX, MINILM, latest, method
+from benchmarks.quality_results import AS_IT_COMES, FLUX, MINILM, SYNTHETIC, latest, method
 from benchmarks.results import Result
 
-# Of each model: what its outputs are judged by, and in what words.
+# Of each model: what its outputs are judged by, and in what words. The synthetic layers make no model.
 PANELS = {
     MINILM: ("1 - cosine", "error of sentence embeddings, 1 - cosine"),
     FLUX: ("velocity error", "error of the velocity, relative"),
+    SYNTHETIC: ("layer output error", "error of layer outputs, relative, geometric mean"),
 }
 CALIBRATED = "sketch"
 
@@ -28,7 +29,7 @@ class Point:
 
 
 def points(rows: Sequence[Result], model: str, metric: str) -> list[Point]:
-    """Everything measured of the whole model, newest first by format and contender; ours as it comes and calibrated."""
+    """Everything measured of the model as a whole, newest first by format and contender; ours as it comes and calibrated."""
     mine = latest(rows, model)
     # Rows of before sizes were kept are of the same layers.
     size = next((row.size_bytes for row in mine if row.size_bytes and not row.detail), 0)

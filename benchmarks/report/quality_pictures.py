@@ -75,8 +75,13 @@ def _panel(axis: Axes, shown: Sequence[Point]) -> None:
     for point, height in zip(ordered, heights, strict=True):
         colour = style.look(point.contender)["color"]
         axis.annotate(
-            f"{point.format}, {style.tool(point.contender)}" if not point.method else point.format, (point.bits, point.error),
+            point.format if point.method else f"{point.format}, {unversioned(point.contender)}", (point.bits, point.error),
             xytext=(edge, math.exp(height)), textcoords="data", fontsize=7, va="center", color=colour,
             weight="bold" if point.method else "normal",
             arrowprops=dict(arrowstyle="-", color=colour, alpha=0.35, linewidth=0.6, shrinkA=2, shrinkB=3, relpos=(0, 0.5)),
         )  # fmt: skip
+
+
+def unversioned(contender: str) -> str:
+    """A tool's name and way of rounding, without its version."""
+    return " ".join(word for word in contender.split() if not word[0].isdigit())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import CASES
-from benchmarks.quality_results import AS_IT_COMES
+from benchmarks.quality_results import AS_IT_COMES, latest
 from benchmarks.report.equal_bytes import CALIBRATED, PANELS, points
 from benchmarks.report.selection import CONVERSIONS, KERNELS, OURS, PEER, conversions, machine, operations, recoveries, sizes
 from benchmarks.results import Result
@@ -102,9 +102,9 @@ def _times(other: Result | None, mine: Result) -> str:
 
 
 def quality_table(rows: Sequence[Result]) -> str:
-    """Every tool and format at the outputs of whole models: bits a weight and error, fewest bits first."""
+    """Every tool and format at the outputs of models and layers: bits a weight and error, fewest bits first."""
     parts = []
-    for model, (metric, _) in PANELS.items():
+    for model, (metric, words) in PANELS.items():
         shown = sorted(points(rows, model, metric), key=lambda point: (round(point.bits, 1), point.error))
         if not shown:
             continue
@@ -113,8 +113,8 @@ def quality_table(rows: Sequence[Result]) -> str:
             [f"{point.bits:.2f}", ways.get(point.method, point.contender), point.format, f"{point.error:.3g}"]
             for point in shown
         ]
-        parts.append(f"{model}, {metric}:\n\n" + markdown(["bits a weight", "tool", "format", "error"], lines))
-    note = machine([row for row in rows if row.source in PANELS]) if parts else ""
+        parts.append(f"{model}, {words}:\n\n" + markdown(["bits a weight", "tool", "format", "error"], lines))
+    note = machine([row for model in PANELS for row in latest(rows, model)]) if parts else ""
     return "\n".join(parts) + f"\n{note}.\n" if parts else "Not measured yet.\n"
 
 

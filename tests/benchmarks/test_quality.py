@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,11 @@ from benchmarks import (
     quality_methods,
     quality_results,
     quality_rivals,
+    quality_synthetic,
     rivals,
 )
 from benchmarks.__main__ import main
-from benchmarks.peers import PeerError
+from benchmarks.peers import Peer, PeerError
 from benchmarks.quality_flux import FluxStudy, psnr
 from benchmarks.quality_layers import Measured, one_thread, output_error, second_moments
 from benchmarks.quality_methods import Quantized
@@ -169,7 +171,68 @@ def test_other_tools_are_compared_with_the_product_at_the_same_bytes(
     assert "torchao 0.18.0 DOES NOT TAKE PART in all on known" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("wrong", [dict(models=["bert"]), dict(formats=["fp9"]), dict(methods=["luck"]), dict(against=["magic"])])
+def test_the_converter_s_learned_rounding_is_measured_on_whole_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ours = {"a": torch.tensor(0.02), "b": torch.tensor(0.08), "kept": torch.tensor(0.01)}
+    monkeypatch.setattr(quality, "open_study", lambda *_: KnownStudy())
+    monkeypatch.setattr(quality_methods, "quantize", lambda *_: Quantized(ours, ["a", "b"], 100, 0.5))
+
+    def convert(source: Path, destination: Path, format: str, method: str, layers: list[str], workdir: Path) -> Quantized:
+        assert (source, method, layers) == (KnownStudy.source, "learned", ["a", "b"])
+        if format == "int8-row":
+            raise PeerError("was not done within 9 s")
+        destination.touch()
+        return Quantized(ours | {"a": torch.tensor(0.04)}, layers, 60, 9.0)
+
+    monkeypatch.setattr(quality_converter, "quantize", convert)
+    cells = quality.Settings(["flux"], [], [], "final", tmp_path, learned=["fp8-tensor", "int8-row"])
+    recorded: list[Result] = []
+    quality.run(cells, Console(file=io.StringIO(), width=300), recorded.extend)
+    assert {score.contender for score in recorded} == {"convert-to-quant 1.3.4 learned"}
+    found = {(score.case, score.metric, score.detail): score for score in recorded}
+    whole = found["fp8-tensor", "velocity error", ""]
+    assert whole.p50 == pytest.approx(0.13) and whole.ratio == pytest.approx(0.13 / 0.11) and whole.output_bytes == 60
+    assert whole.ratio_to == "streamquant no-data, fp8-tensor"
+    assert found["fp8-tensor", "layer output error", "a"].ratio == pytest.approx(2)
+    assert found["int8-row", "layer output error", ""].note == "was not done within 9 s"
+    assert list((tmp_path / "quality").iterdir()) == [], "converted files go"
+
+
+def test_what_the_converter_did_not_write_is_not_taken_from_an_earlier_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Peer, "install", lambda peer, workdir: Path("true"))
+    source, destination = tmp_path / "source.safetensors", tmp_path / "earlier.safetensors"
+    for path in (source, destination):
+        save_file({"a.weight": torch.zeros(4, 4)}, path)
+    with pytest.raises(PeerError, match="failed"):
+        quality_converter.quantize(source, destination, "int8-row", "--simple", ["a.weight"], tmp_path)
+
+
+def test_synthetic_layers_are_measured_with_other_tools_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes to be measured")
+    monkeypatch.setattr(Peer, "install", lambda peer, workdir: Path(sys.executable))
+    (tmp_path / "peers").mkdir()
+    monkeypatch.setattr(quality_synthetic, "LAYERS", {"blocks.0.attn.qkv": (128, 256), "blocks.0.mlp.2": (64, 512)})
+    monkeypatch.setattr(quality_synthetic, "SETS", {"final": range(2)})
+    cells = quality.Settings(["synthetic"], [], [], "final", tmp_path, against=["bitsandbytes"])
+    recorded: list[Result] = []
+    quality.run(cells, Console(file=io.StringIO(), width=300), recorded.extend)
+    weights = 128 * 256 + 64 * 512
+    for format, bits, error in (("nf4", 4.5, 0.1), ("nf4-double", 4.2, 0.1), ("fp4", 4.5, 0.13), ("int8-row", 8.1, 0.02)):
+        mine = [score for score in recorded if score.case == format]
+        layers = {score.detail: score.p50 for score in mine if score.metric == "layer output error"}
+        assert list(layers) == ["", "blocks.0.attn.qkv 256 columns", "blocks.0.mlp.2 512 columns"]
+        mean, *each = layers.values()
+        assert mean == pytest.approx(math.sqrt(math.prod(each))) and all(error / 3 < value < 2 * error for value in each)
+        assert 8 * mine[0].output_bytes / weights == pytest.approx(bits, rel=0.1) and mine[0].size_bytes == 2 * weights
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(models=["bert"]), dict(formats=["fp9"]), dict(methods=["luck"]), dict(against=["magic"]), dict(learned=["nf4"])],
+)
 def test_unknown_names_are_refused(wrong: dict, tmp_path: Path) -> None:
     right = dict(models=["flux"], formats=["nf4"], methods=["rtn"])
     with pytest.raises(ValueError, match="no such"):
@@ -177,7 +240,7 @@ def test_unknown_names_are_refused(wrong: dict, tmp_path: Path) -> None:
 
 
 def test_the_command_line_refuses_nonsense_at_once() -> None:
-    for arguments in (["--formats", "fp9"], ["--models", "bert"], ["--scored-on", "calibrate"]):
+    for arguments in (["--formats", "fp9"], ["--models", "bert"], ["--scored-on", "calibrate"], ["--learned", "nf4"]):
         assert CliRunner().invoke(main, ["quality", *arguments]).exit_code == 2
     assert CliRunner().invoke(main, ["train-tiny", "--hidden", "100"]).exit_code == 2
 

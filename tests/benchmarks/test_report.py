@@ -161,6 +161,33 @@ def test_losses_are_found_at_equal_bytes(quality: list[Result]) -> None:
     assert "nothing as small" in table
 
 
+def test_synthetic_layers_are_judged_by_the_mean_of_their_output_errors() -> None:
+    def cell(time: str, contender: str, error: float, detail: str = "", metric: str = "layer output error") -> Result:
+        return quality_results.score(
+            time, "synthetic Flux.2 layers", "nf4", contender, metric, error, detail=detail, size_bytes=2000, output_bytes=563
+        )
+
+    rows = [
+        cell("2025-06-01", "streamquant no-data", 0.9),
+        cell("2026-06-01", "streamquant no-data", 0.2),
+        cell("2026-06-01", "streamquant no-data", 0.4, "a"),
+        cell("2026-06-01", "streamquant no-data", 2.0, "a", "worst layer"),
+        cell("2026-06-01", "streamquant sketch", 0.1),
+        cell("2026-06-01", "torchao 0.18.0", 0.15),
+        cell("2026-06-01", "torchao 0.18.0", 0.01, "a"),
+    ]
+    table = tables.quality_table(rows)
+    assert table.startswith("synthetic Flux.2 layers, error of layer outputs, relative, geometric mean:\n")
+    assert [line for line in table.splitlines() if line.startswith("| 4.5")] == [
+        "| 4.50 | **streamquant**, calibrated | nf4 | 0.1 |",
+        "| 4.50 | torchao 0.18.0 | nf4 | 0.15 |",
+        "| 4.50 | **streamquant**, as it comes | nf4 | 0.2 |",
+    ]
+    assert rows[0].cpu in table and "2025" not in table, "what was measured anew counts no more"
+    lost = losses.quality_loss_table(rows)
+    assert "| synthetic Flux.2 layers | torchao 0.18.0 | nf4 | 4.50 | 0.15 | 0.2 (nf4, 4.50 bits) | 0.1 (nf4, 4.50 bits) |" in lost
+
+
 def test_whoever_is_faster_is_named() -> None:
     rows = {"convert": conversion("nf4", {"cp": 2.0, "streamquant": 3.0})}
     rows["decode"] = [
@@ -242,6 +269,18 @@ def test_quality_has_a_mark_for_each_tool_and_format(figures: dict, quality: lis
     assert len(few.lines) == 1, "4 bits are apart from 8"
     names = [text.get_text() for text in many.texts]
     assert names == ["fp8, torchao", "int8-row", "int8, torchao", "int8, torchao", "int8-row"], "from the largest error down"
+
+
+def test_the_two_ways_of_one_tool_are_told_apart_in_the_picture(
+    figures: dict, quality: list[Result], tmp_path: Path
+) -> None:
+    from benchmarks.report import quality_pictures
+
+    ways = ("--simple", "learned")
+    rows = [replace(quality[3 + i], contender=f"convert-to-quant 1.3.4 {way}", output_bytes=1000) for i, way in enumerate(ways)]
+    quality_pictures.at_equal_bytes(rows, tmp_path / "quality.svg")
+    names = [text.get_text() for text in figures["quality.svg"].axes[1].texts]
+    assert names == ["int4, convert-to-quant --simple", "int8, convert-to-quant learned"]
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
