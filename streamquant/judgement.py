@@ -14,7 +14,7 @@ import numpy as np
 from streamquant.pairing import Pair, Pairing
 from streamquant.stored import Contents, Layout, Plain, Read, tiles
 from streamquant.stored.diagnosis import Case, codes_are_right, diagnose, diagnose_damage
-from streamquant.stored.difference import Difference
+from streamquant.stored.difference import Difference, compare
 from streamquant.stored.expectation import nearest_error
 from streamquant.stored.four_bit import Blocks4bit
 from streamquant.stored.truth import Truth
@@ -32,7 +32,8 @@ SMALLEST_NORMAL = 2.0**-126  # weights below count as zeros: no scale reaches th
 # a layer and more.
 ALWAYS_SUSPECT = 0.9
 DECODED_ERROR = 0.01  # of what was decoded back: one more rounding
-EXAMINED = 4  # ranges that are encoded afresh for comparison, beside the worst
+EXAMINED = 4  # ranges whose beginning is encoded afresh for comparison, beside the worst, which is so as a whole
+ENOUGH = 1 << 16  # elements of such a beginning
 # Rounding to nearest puts no element far off its source, learned rounding puts some in nearly every span: few elements, or
 # elements in few spans, were changed afterwards.
 FEW_ELEMENTS, FEW_SPANS = 2000, 50  # one of so many
@@ -130,7 +131,12 @@ class Judge:
             return DECODED_ERROR, found.difference.relative_error
         worst: tuple[float | None, float] = (None, found.difference.relative_error)
         ratio = -1.0
+        largest = max(found.shares, default=0.0)
         for (begin, end), actual in self._examined(pair, found):
+            if actual < largest and (shorter := _beginning(pair.layout, begin, end)) < end:
+                end = shorter
+                part = compare(pair.layout, self.read_output, pair.reference, self.read_source, begin, end)
+                actual = math.inf if part.nonfinite else part.relative_error
             expected = nearest_error(pair.layout, truth, begin, end)
             if expected is None:
                 continue
@@ -192,6 +198,12 @@ def is_damaged(layout: Layout, difference: Difference) -> bool:
 
 def _is_nested(layout: Layout) -> bool:
     return isinstance(layout, Blocks4bit) and layout.nested is not None
+
+
+def _beginning(layout: Layout, begin: int, end: int) -> int:
+    """Where the first whole rows of a range end that are enough to be encoded afresh."""
+    rows = max(ENOUGH // layout.columns, 1)
+    return min(begin + rows * layout.columns, end)
 
 
 def _rows_around(layout: Layout, index: int) -> tuple[int, int]:

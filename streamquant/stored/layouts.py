@@ -23,7 +23,7 @@ from .numbers import byte_values, decode_bytes, floats
 
 Read = Callable[[SourceTensor, int, int], Any]  # bytes [begin, end) of a tensor: `TileReader.tile`
 
-TILE_ELEMENTS = 1 << 18  # float32 of a tile stay in the second cache, and calls are few
+TILE_ELEMENTS = 1 << 19  # calls are few, and the float32 of a tile, where it is decoded, stay in the cache
 COMMON_EDGES = (128, 64, 256, 32, 16, 512)  # of blocks that share a scale
 GRIDS = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "I8": "int8"}
 ROW_ALIGNMENT = 128  # rows that share a band of tiled scales (NVFP4, MXFP8)

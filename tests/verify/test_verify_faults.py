@@ -156,7 +156,7 @@ def test_clipped_weights(folder):
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda part: part * 0, "256 of the 1,280 rows looked at, 1,024 to 1,279, hold nothing but zeros"),
+        (lambda part: part * 0, "256 of the 2,048 rows looked at, 1,024 to 1,279, hold nothing but zeros"),
         (lambda part: part[::-1], "1,024 to 1,279, do not resemble their source"),
     ],
 )
