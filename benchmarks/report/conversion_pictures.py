@@ -14,6 +14,7 @@ from benchmarks.report.selection import CONVERSIONS, OURS, PEER, conversions, re
 from benchmarks.results import Result
 
 MEMORY_CASES = ("fp8-tensor", "int8-row", "nf4", "nf4-double")
+LABEL_LEFT = 0.75  # times a copy, from which a label on the right would lie across the copy's line
 LARGEST = 64.4e9  # Flux.2-dev
 
 
@@ -33,10 +34,12 @@ def speed(rows: Sequence[Result], source: str, path: Path) -> Path | None:
             label = name if name == OURS else f"{name} --simple"
             axis.plot(row.p50 / copied, place, linestyle="", markersize=7, label=label, **style.look(name))
             text = f"{row.p50:.1f} s" if row.p50 < 100 else f"{row.p50:.0f} s"
-            place_of_text = (max(row.p80, row.p50) / copied, place)
+            # Beside the line of the copy, not across it.
+            is_left = LABEL_LEFT < row.p80 / copied < 1
             axis.annotate(
-                text, place_of_text, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8, color="#444444"
-            )
+                text, ((row.p20 if is_left else row.p80) / copied, place), xytext=(-7 if is_left else 7, 0),
+                textcoords="offset points", ha="right" if is_left else "left", va="center", fontsize=8, color="#444444",
+            )  # fmt: skip
     axis.axvline(1, color="black", linewidth=1.2, label="cp and fsync of the source", zorder=1)
     style.times_axis(axis)
     axis.set_xlim(0.4, 20)
@@ -99,11 +102,9 @@ def recovery(rows: Sequence[Result], path: Path) -> Path | None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(found) + 1.7), sharey=True, layout="constrained")
     for place, ((_, name, _), by_metric) in enumerate(found.items()):
         # Noise can make a run that went on faster than the uninterrupted one.
-        lost = max(by_metric["share lost"].p50, 0)
-        left.barh(place, 100 * lost, height=0.6, color=style.look(name)["color"], label=name)
-        left.annotate(
-            f"{100 * lost:.0f} %", (100 * lost, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        lost = max(by_metric["seconds lost"].p50, 0)
+        left.barh(place, lost, height=0.6, color=style.look(name)["color"], label=name)
+        left.annotate(f"{lost:.1f} s", (lost, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
         if name == OURS:
             again = by_metric["bytes written again"]
             share = 100 * max(again.p50, 0) / again.output_bytes
@@ -115,9 +116,9 @@ def recovery(rows: Sequence[Result], path: Path) -> Path | None:
         else:
             right.annotate("starts again", (0, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
     style.by_line(left, names)
-    left.set_xlim(0, 125)
+    left.set_xlim(0, left.get_xlim()[1] * 1.1)
     right.set_xlim(0, max(right.get_xlim()[1] * 1.6, 1))
-    left.set_xlabel("time lost, of the time before the kill (%)")
+    left.set_xlabel("seconds lost, start-up included")
     right.set_xlabel("bytes written again, of the output (%)")
     left.set_title("After kill -9")
     style.legend_below(figure, left)
