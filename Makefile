@@ -49,7 +49,7 @@ test-comfyui: $(STAMP)
 # of conversions, random checkpoints, a 64 GB source (40 GB of disk). Adds what it reached to benchmarks/results/endurance.csv.
 faults: $(STAMP)
 	$(BIN)/python tests/faults/everything.py
-	$(BIN)/python -m pytest -m long --timeout 0 tests/faults
+	$(BIN)/python -m pytest -m long --timeout 0 tests/faults tests/verify
 
 fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz/campaign.py --seconds $(FUZZ_SECONDS) --jobs $(JOBS) --record

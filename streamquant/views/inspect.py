@@ -115,9 +115,10 @@ def _recipe(recipe: Any) -> str:
     """A recorded recipe in a few words."""
     if not isinstance(recipe, dict):
         return "?"
-    words = [_choice(recipe.get("base"))]
+    knowledge = _knowledge(recipe.get("learned"))
+    words = [_choice(recipe.get("base"), knowledge)]
     if recipe.get("custom_layers"):
-        words.append(f"{printable(str(recipe['custom_layers']), VALUE_LENGTH)} as {_choice(recipe.get('custom'))}")
+        words.append(f"{printable(str(recipe['custom_layers']), VALUE_LENGTH)} as {_choice(recipe.get('custom'), knowledge)}")
     if recipe.get("exclude_layers"):
         words.append(f"without {printable(str(recipe['exclude_layers']), VALUE_LENGTH)}")
     if isinstance(recipe.get("layer_config"), list) and recipe["layer_config"]:
@@ -128,11 +129,22 @@ def _recipe(recipe: Any) -> str:
     return ", ".join(words)
 
 
-def _choice(choice: Any) -> str:
+def _knowledge(learned: Any) -> str:
+    """What a recorded recipe rounded by, where it did not say nearest."""
+    given = learned if isinstance(learned, dict) else {}
+    if given.get("objective") == "svd":
+        return "rounded for the largest singular directions"
+    by = [word for word, key in (("calibration", "calibration_xxh3_64"), ("structure", "structure")) if given.get(key)]
+    return f"learned rounding by {' and '.join(by)}" if by else "as it comes, without calibration"
+
+
+def _choice(choice: Any, knowledge: str) -> str:
+    """A recorded format and how it was rounded. knowledge: in words, of learned rounding."""
     if not isinstance(choice, dict):
         return "?"
     rounding = choice.get("rounding")
-    return printable(str(choice.get("format", "?")), 40) + (f" ({printable(str(rounding), 20)} rounding)" if rounding else "")
+    how = knowledge if rounding == "learned" else f"{printable(str(rounding), 20)} rounding"
+    return printable(str(choice.get("format", "?")), 40) + (f" ({how})" if rounding else "")
 
 
 def _metadata(metadata: dict[str, str]) -> str:

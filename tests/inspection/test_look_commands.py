@@ -65,6 +65,21 @@ def test_inspect_shows_what_is_there(files):
     assert "good.safetensors" in several.stdout and "no layer is quantized" in several.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "float8_e4m3fn (as it comes, without calibration)"),
+        (["--rtn"], "float8_e4m3fn (rtn rounding)"),
+        (["--structure"], "float8_e4m3fn (learned rounding by structure)"),
+        (["--objective", "svd"], "float8_e4m3fn (rounded for the largest singular directions)"),
+    ],
+)
+def test_inspect_says_what_was_rounded_by(files, tmp_path, options, words):
+    output = tmp_path / "output.safetensors"
+    assert run("convert", files / "source.safetensors", "--output", output, "--preset", "none", *options).exit_code == 0
+    assert words in run("inspect", output).stdout
+
+
 def test_inspect_folds_blocks_in_a_tree_and_lists_layers(files):
     tree = run("inspect", "--tree", files / "good.safetensors").stdout
     assert "blocks.0-2.linear" in tree and "3 x 128 x 64" in tree
