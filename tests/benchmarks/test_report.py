@@ -237,7 +237,7 @@ def test_recovery_has_a_bar_for_each_kill(figures: dict, tmp_path: Path) -> None
 
     conversion_pictures.recovery([*killed(4.0, {"5%": 0.3, "10%": -0.1}), *killed(9.0, {"50%": 0.9}, PEER)], tmp_path / "recovery.svg")
     left, right = figures["recovery.svg"].axes
-    assert [bar.get_width() for bar in left.patches] == pytest.approx([30, 0, 90]), "percent of the time before the kill"
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([0.3, 0, 0.9]), "seconds"
     assert [bar.get_width() for bar in right.patches] == pytest.approx([3, 0]), "percent of the output; the peer starts again"
 
 
