@@ -43,11 +43,12 @@ def resolve_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def is_compiled() -> bool:
-    """Whether numba has kept any kernel from an earlier run, for these very sources; numba is here."""
+def is_compiled(kernels: str = "*") -> bool:
+    """Whether numba has kept any kernel (or one of a module of them) from an earlier run, for these very sources; numba is
+    here."""
     from streamquant.kernels.jit import absmax
 
-    return any(Path(absmax.group_absmax.stats.cache_path).glob("*.nbi"))
+    return any(Path(absmax.group_absmax.stats.cache_path).glob(f"{kernels}.*.nbi"))
 
 
 def device_class(device: str) -> str:

@@ -25,6 +25,7 @@ from streamquant.views.convert import layer_line
 LINE_SECONDS = 5.0  # between two progress lines when there is no terminal
 BAR_SECONDS = 0.05  # between two looks at the memory
 EVENT_SECONDS = 0.5
+COMPILING = "The kernels are compiled for this processor now, as after every update: it takes some seconds, once."
 
 
 @contextmanager
@@ -69,6 +70,9 @@ class Bar(Unwatched):
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def compiling(self) -> None:
+        say(self.console, Text(COMPILING))
+
     def started(self, total_bytes: int, done_bytes: int = 0) -> None:
         self._bar.update(self._task, total=total_bytes, completed=done_bytes)
         self._bar.start_task(self._task)
@@ -90,6 +94,9 @@ class Lines(Unwatched):
         self.console, self.memory_budget = console, 0
         self._done = self._total = self._skipped = 0
         self._start = self._last = time.monotonic()
+
+    def compiling(self) -> None:
+        say(self.console, Text(COMPILING))
 
     def started(self, total_bytes: int, done_bytes: int = 0) -> None:
         self._total, self._done, self._skipped = total_bytes, done_bytes, done_bytes
@@ -127,7 +134,7 @@ class Narrator(Silent):
         say(self._console, Text(printable_lines(text)))
 
     def compiling(self) -> None:
-        self.note("The kernels are compiled for this processor now, as after every update: it takes some seconds, once.")
+        self.meter.compiling()
 
     def started(self, plan: Plan, tiles: TileSizes, done_bytes: int) -> None:
         self.meter.memory_budget = tiles.memory_budget

@@ -96,6 +96,9 @@ def finite(value: Any) -> Any:
 class Watcher(Protocol):
     """Whoever watches; called from the thread that called."""
 
+    def compiling(self) -> None:
+        """Kernels will be compiled, once on a machine, before the first tile is done: for seconds nothing moves."""
+
     def started(self, total_bytes: int) -> None:
         """So many bytes of the source will be gone through."""
 
@@ -105,6 +108,8 @@ class Watcher(Protocol):
 
 class Unwatched:
     """A watcher that looks away."""
+
+    def compiling(self) -> None: ...
 
     def started(self, total_bytes: int) -> None: ...
 

@@ -22,9 +22,11 @@ from streamquant.checkpoint.header import printable
 from streamquant.checkpoint.reader import Checkpoint, SourceTensor, TileReader
 from streamquant.formats.plain import round_to_bf16
 from streamquant.judgement import Judge, PairSum, ranges_of, spread
+from streamquant.kernels import why_no_jit
 from streamquant.options import Options
 from streamquant.pairing import Pair, Pairing, pair_up
 from streamquant.prefetch import Prefetcher
+from streamquant.preflight import is_compiled
 from streamquant.stored import Contents, read_contents
 from streamquant.stored.adapter import refuse_adapter
 from streamquant.stored.contents import refuse_foreign
@@ -71,6 +73,8 @@ def verify(
         TileReader(after.checkpoint, options.effective_io) as output_reader,
         Prefetcher(_ranges(pairing, before, after, reader, output_reader) if sample >= 1 else []) as prefetcher,
     ):
+        if not why_no_jit() and not is_compiled("difference"):
+            watcher.compiling()
         check = _Check(before, after, pairing, reader, output_reader, sample)
         watcher.started(round(sum(pair.source_bytes for pair in pairing.pairs) * sample))
         for pair, nbytes in check.run(options.effective_threads, stop):

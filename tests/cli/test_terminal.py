@@ -16,10 +16,10 @@ from rich.text import Text
 from small_checkpoints import floats, of_values, save
 
 import streamquant
-from streamquant import FormatChoice, Recipe, transcode
+from streamquant import FormatChoice, Recipe, transcode, verify
 from streamquant.console import Screen
 from streamquant.errors import OutputExistsError
-from streamquant.progress import observing
+from streamquant.progress import observing, watching
 from streamquant.report import LayerResult, Report
 from streamquant.terminal import LONGEST_LABEL, MARGIN, Rows, progress_bar, say, wrapped
 from streamquant.transcode import Options, dry_run
@@ -126,6 +126,18 @@ def test_the_first_run_of_all_says_what_it_waits_for(tmp_path, monkeypatch, comp
         with observing(screen) as observer:
             streamquant.convert(source, tmp_path / "o.safetensors", observer=observer, options=Options(device="cpu", force=True))
         assert ("kernels are compiled" in shown(screen.err)) is not compiled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_so_does_the_first_look_of_verify(tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(verify, "why_no_jit", lambda: None)
+    monkeypatch.setattr(verify, "is_compiled", lambda kernels: compiled)
+    source = save(tmp_path / "source.safetensors", {"blocks.0.linear.weight": floats(64, 64)})
+    streamquant.convert(source, tmp_path / "o.safetensors")
+    for screen in (Screen(err=terminal(200)), Screen(err=Console(file=io.StringIO())), Screen(err=terminal(200), quiet=True)):
+        with watching(screen) as watcher:
+            verify.verify(source, tmp_path / "o.safetensors", watcher=watcher)
+        assert ("kernels are compiled" in shown(screen.err)) is not (compiled or screen.quiet)
 
 
 def test_paths_of_outputs_are_one_line(tmp_path):
