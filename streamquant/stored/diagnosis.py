@@ -219,6 +219,8 @@ def _wrong_scale(case: Case, decoded: list[np.ndarray], references: list[np.ndar
         return f"its scale is wrong: all of it decodes {size:.{3 if size > 1.02 else 5}g} times {words}"
     if text := _wrong_offset(case, every):
         return text
+    if not wrong.any():
+        return None
     worst = every[wrong][np.abs(np.log(np.maximum(np.abs(every[wrong]), 1e-30))).argmax()]
     return (
         f"its scales are wrong: {np.count_nonzero(wrong):,} of the {every.size:,} looked at, the worst by a factor of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_checkpoints import of_values, save
+from small_checkpoints import load, metadata_of, of_values, save
 
 import streamquant
 from streamquant import FormatChoice, Recipe
@@ -66,6 +66,48 @@ def _check(folder, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_sound_layers_of_many_tiles_are_not_blamed(tmp_path, seed):
     _check(tmp_path, seed)
+
+
+def _half_shifted(codes: np.ndarray, row: int) -> None:
+    codes[codes.size // 2 :] = np.roll(codes[codes.size // 2 :], 1)
+
+
+def _rows_exchanged(codes: np.ndarray, row: int) -> None:
+    part = codes[500 * row : 516 * row].reshape(16, row)
+    part[:] = np.roll(part, 3, axis=0)
+
+
+def _rows_without_codes(codes: np.ndarray, row: int) -> None:
+    codes[500 * row : 516 * row] = codes[0]
+
+
+@pytest.mark.parametrize("damage", [_half_shifted, _rows_exchanged, _rows_without_codes])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        FormatChoice("fp8", rounding="rtn"),
+        FormatChoice("fp8", "row", rounding="rtn"),
+        FormatChoice("int8", "block", 128, rounding="rtn"),
+        FormatChoice("int8", convrot=True, rounding="rtn"),
+        FormatChoice("nf4", rounding="rtn"),
+        FormatChoice("fp4", rounding="rtn"),
+        FormatChoice("nf4", double_quant=True, rounding="rtn"),
+    ],
+    ids=lambda choice: f"{choice.kind} {choice.scaling_mode or ''} {'double' if choice.double_quant else ''}".strip(),
+)
+@pytest.mark.parametrize("loudest", [1, 30])
+def test_a_fault_in_one_of_many_tiles_is_found(tmp_path, choice, damage, loudest):
+    """Whatever the rows' magnitudes, and whatever is tried to explain it."""
+    values = np.random.default_rng(7).standard_normal((768, 4096)) * np.geomspace(1 / loudest, loudest, 768)[:, None]
+    source, output = save(tmp_path / "source.safetensors", {"a.weight": of_values(values)}), tmp_path / "output.safetensors"
+    streamquant.convert(source, output, Recipe(choice, preset=("none",)))
+    tensors, metadata = load(output), metadata_of(output)
+    metadata.pop("streamquant")
+    codes = np.frombuffer(tensors["a.weight"].data, np.uint8).copy()
+    damage(codes, codes.size // 768)
+    tensors["a.weight"] = tensors["a.weight"]._replace(data=codes.tobytes())
+    found = verify(source, save(tmp_path / "damaged.safetensors", tensors, metadata))
+    assert [finding.tensor for finding in found.findings] == ["a.weight"]
 
 
 @pytest.mark.long
